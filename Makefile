@@ -1,0 +1,51 @@
+# `make help` lists the targets. PYTHON, CC and CFLAGS can be given: make run CC=clang
+PYTHON ?= python3
+CC ?= cc
+CFLAGS ?= -O3 -Wall -Wextra -Wpedantic
+VENV = .venv
+PY = $(VENV)/bin/python
+
+.PHONY: help demo test lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 8
+
+run: run.c  ## build run, the inference program
+	$(CC) -std=c11 $(CFLAGS) -o $@ run.c -lm
+
+# the stamps change when what they install changes
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+demo demo/%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, in demo/ (5 minutes)
+	python train.py --data_dir=demo --out_dir=demo/out --init_from=auto --vocab_source=custom --vocab_size=512 \
+	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=32 \
+	  --gradient_accumulation_steps=1 --learning_rate=4e-3 --warmup_iters=30 --max_iters=400 --eval_interval=100
+	python tokenizer.py --tokenizer-model=demo/tok512.model
+	./run demo/out/model.bin -z demo/tok512.bin -s 1
+	./run demo/out/model.bin -z demo/tok512.bin -s 2 -i "One day, a little cat"
+
+demo/TinyStories_all_data/data00.json: | $(VENV)/installed
+	python tinystories.py synth --data_dir=demo
+
+demo/tok512.model: demo/TinyStories_all_data/data00.json
+	python tinystories.py train_vocab --vocab_size=512 --data_dir=demo
+
+demo/tok512/meta.json: demo/tok512.model
+	python tinystories.py pretokenize --vocab_size=512 --data_dir=demo
+
+test: lint run  ## the whole test suite; needs no network but for installing packages
+	$(PY) -m pytest -q tests
+
+lint: $(VENV)/tests-installed
+	$(PY) -m ruff check --config .ci/ruff.toml .
+
+clean:  ## remove what make built (not your data, not your models)
+	rm -rf run demo $(VENV)

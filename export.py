@@ -1,0 +1,237 @@
+"""Weights in and out of the files that run.c reads, in llama2.c's three layouts.
+
+    python export.py model.bin --checkpoint=out/ckpt.pt               # v0: fp32, bare header
+    python export.py model.bin --checkpoint=out/ckpt.pt --version=1   # v1: fp32, magic and version
+    python export.py model.bin --checkpoint=out/ckpt.pt --version=2   # v2: int8 in groups, a quarter of the size
+    python export.py ckpt.pt --checkpoint=model.bin                   # and back, from any of them
+
+All numbers are little-endian. Matrices are row-major, (output, input), in the order of `tensor_names`.
+v0 starts with 7 int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: the classifier has
+weights of its own, at the end), max_seq_len. v1 and v2 have a 256-byte header: magic "24ka", version, the same 7,
+a byte that says whether the classifier is shared, for v2 the int32 group size; at byte 48 our float32 rope_theta
+and norm_eps, where llama2.c leaves zeros (zero stands for its 10000 and 1e-5). In v2 every tensor but the norms is
+int8 [-127, 127], all of it, then one float32 scale for every group of values.
+
+Not for: Hugging Face or GGUF files.
+"""
+
+import argparse
+import math
+import os
+import struct
+from dataclasses import asdict
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from model import ModelArgs, load_checkpoint, model_from_checkpoint, rope_table, save_checkpoint
+from tokenizer import CommandLine, atomic_write
+
+MAGIC = 0x616B3432  # "ak42"
+HEADER_BYTES = {0: 28, 1: 256, 2: 256}
+SPARE = 48  # where in a 256-byte header rope_theta and norm_eps are
+DEFAULTS = 10000.0, 1e-5  # llama2.c's rope_theta and norm_eps, the only ones v0 can mean
+
+# ----------------------------------------------------------------------------
+# What lies where
+
+
+def tensor_names(version: int, args: ModelArgs) -> list[str]:
+    """State dict names in the file's order; "rope_cos" and "rope_sin" stand for v0's two unused tables."""
+
+    def layers(*names: str) -> list[str]:
+        return [f"layers.{i}.{name}.weight" for name in names for i in range(args.n_layers)]
+
+    attention = layers("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+    feed_forward = layers("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    if version == 0:
+        names = ["tok_embeddings.weight", *layers("attention_norm"), *attention, *layers("ffn_norm"), *feed_forward]
+        names += ["norm.weight", "rope_cos", "rope_sin"]
+    else:
+        names = [*layers("attention_norm", "ffn_norm"), "norm.weight", "tok_embeddings.weight"]
+        names += [*attention, *feed_forward]
+    return names if args.tie_embeddings else [*names, "output.weight"]
+
+
+def tensor_shape(name: str, args: ModelArgs) -> tuple[int, ...]:
+    """Shape of the tensor of this name."""
+    kv_dim = args.n_kv_heads * args.head_dim
+    kind = name.removesuffix(".weight").split(".")[-1]
+    if kind.endswith("norm"):
+        return (args.dim,)
+    if kind.startswith("rope"):
+        return (args.max_seq_len, args.head_dim // 2)
+    return {
+        "wq": (args.dim, args.dim), "wk": (kv_dim, args.dim), "wv": (kv_dim, args.dim), "wo": (args.dim, args.dim),
+        "w1": (args.hidden_dim, args.dim), "w2": (args.dim, args.hidden_dim), "w3": (args.hidden_dim, args.dim),
+        "tok_embeddings": (args.vocab_size, args.dim), "output": (args.vocab_size, args.dim),
+    }[kind]  # fmt: skip
+
+
+def is_quantized(version: int, name: str) -> bool:
+    return version == 2 and not name.endswith("norm.weight")
+
+
+def file_bytes(version: int, args: ModelArgs, group_size: int) -> int:
+    """Exact size of the file."""
+    total = HEADER_BYTES[version]
+    for name in tensor_names(version, args):
+        numel = math.prod(tensor_shape(name, args))
+        total += numel + 4 * (numel // group_size) if is_quantized(version, name) else 4 * numel
+    return total
+
+
+# ----------------------------------------------------------------------------
+# int8 groups
+
+
+def quantize(w: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 in groups of consecutive values: (groups, group_size) int8 and (groups,) fp32 scales."""
+    w = w.float().reshape(-1, group_size)
+    scale = w.abs().amax(dim=1) / 127.0
+    steps = torch.where(scale > 0, scale, 1.0)  # a group of zeros stays zeros
+    return torch.round(w / steps[:, None]).to(torch.int8), scale
+
+
+def fit_group_size(args: ModelArgs, group_size: int) -> int:
+    """Halve the group size until no group runs over the end of a row, which no reader could undo."""
+    while args.dim % group_size or args.hidden_dim % group_size:
+        group_size //= 2
+    return group_size
+
+
+# ----------------------------------------------------------------------------
+# Writing and reading
+
+
+def write_bin(path: str, args: ModelArgs, state: dict[str, torch.Tensor], version: int = 0, group_size: int = 64) -> float:
+    """Write a model; returns the largest absolute rounding error (0 unless v2).
+
+    Raises SystemExit if the version cannot hold this model, OSError if the file cannot be written.
+    """
+    if version == 0 and (args.rope_theta, args.norm_eps) != DEFAULTS:
+        raise SystemExit("v0 files cannot say rope_theta or norm_eps; add --version=1")
+    group_size = fit_group_size(args, group_size)
+    shape = args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.n_kv_heads
+    if version == 0:
+        sign = 1 if args.tie_embeddings else -1
+        header = struct.pack("<7i", *shape, sign * args.vocab_size, args.max_seq_len)
+        cos, sin = rope_table(args.head_dim, args.max_seq_len, args.rope_theta)
+        state = state | {"rope_cos": cos[:, ::2], "rope_sin": sin[:, ::2]}
+    else:
+        header = struct.pack("<Ii7iB", MAGIC, version, *shape, args.vocab_size, args.max_seq_len, args.tie_embeddings)
+        header += struct.pack("<i", group_size) if version == 2 else b""
+        theta, eps = (
+            0.0 if value == default else value
+            for value, default in zip((args.rope_theta, args.norm_eps), DEFAULTS, strict=True)
+        )
+        header = (header.ljust(SPARE, b"\0") + struct.pack("<2f", theta, eps)).ljust(HEADER_BYTES[version], b"\0")
+    error = 0.0
+    with atomic_write(path) as f:
+        f.write(header)
+        for name in tensor_names(version, args):
+            w = state[name].detach().cpu().float()
+            if is_quantized(version, name):
+                q, scale = quantize(w, group_size)
+                error = max(error, (q * scale[:, None] - w.reshape(q.shape)).abs().max().item())
+                f.write(q.numpy().tobytes())
+                w = scale
+            f.write(w.contiguous().numpy().astype("<f4", copy=False).tobytes())
+    return error
+
+
+def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
+    """Version, shape and group size of an open .bin file; SystemExit if it isn't one or its size is wrong."""
+    raw, size = f.read(256), os.fstat(f.fileno()).st_size
+    magic, version = struct.unpack("<Ii", raw[:8].ljust(8, b"\0"))
+    if magic != MAGIC:
+        version, offset = 0, 0
+    elif version in (1, 2):
+        offset = 8
+    else:
+        raise SystemExit(f"{path} is a model file of version {version}; this program knows 0, 1 and 2")
+    if len(raw) < HEADER_BYTES[version]:
+        raise SystemExit(f"{path} is no model file: it has only {len(raw)} bytes")
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = struct.unpack_from("<7i", raw, offset)
+    tied, group_size = (vocab_size > 0, 1) if version == 0 else struct.unpack_from("<Bi", raw, 36)
+    theta, eps = struct.unpack_from("<2f", raw, SPARE) if version else (0.0, 0.0)
+    try:
+        if hidden_dim < 1 or version == 2 and (group_size < 1 or dim % group_size or hidden_dim % group_size):
+            raise ValueError(f"hidden_dim={hidden_dim}, group size={group_size}")
+        if n_layers > size or max_seq_len > 2**24:  # before anything is made of that length
+            raise ValueError(f"n_layers={n_layers}, max_seq_len={max_seq_len}")
+        args = ModelArgs(
+            dim, n_layers, n_heads, n_kv_heads, abs(vocab_size) if version == 0 else vocab_size, hidden_dim,
+            max_seq_len=max_seq_len, rope_theta=theta or DEFAULTS[0], norm_eps=eps or DEFAULTS[1],
+            tie_embeddings=bool(tied),
+        )  # fmt: skip
+    except (ValueError, ZeroDivisionError) as e:
+        raise SystemExit(f"{path} is no model file: impossible header ({e})") from None
+    group_size = group_size if version == 2 else 1
+    expected = file_bytes(version, args, group_size)
+    if size != expected:
+        raise SystemExit(f"{path} is damaged: {size} bytes where its header needs {expected}")
+    return version, args, group_size
+
+
+def read_bin(path: str) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
+    """Shape and fp32 state dict of a v0, v1 or v2 file. Raises SystemExit for anything else, OSError if unreadable."""
+    with open(path, "rb") as f:
+        version, args, group_size = read_header(f, path)
+        f.seek(HEADER_BYTES[version])
+        state = {}
+        for name in tensor_names(version, args):
+            shape = tensor_shape(name, args)
+            numel = math.prod(shape)
+            if is_quantized(version, name):
+                q = np.fromfile(f, np.int8, numel).reshape(-1, group_size)
+                w = q * np.fromfile(f, "<f4", numel // group_size)[:, None]
+            else:
+                w = np.fromfile(f, "<f4", numel)
+            state[name] = torch.from_numpy(w.astype(np.float32, copy=False).reshape(shape))
+    state = {name: w for name, w in state.items() if not name.startswith("rope_")}
+    return args, {"output.weight": state["tok_embeddings.weight"]} | state
+
+
+def read_any(path: str) -> dict:
+    """A checkpoint dict from a .pt checkpoint or a .bin file."""
+    try:
+        with open(path, "rb") as f:
+            if f.read(2) == b"PK" or path.endswith(".pt"):  # torch.save writes zip archives
+                return load_checkpoint(path)
+        args, state = read_bin(path)
+    except OSError as e:
+        raise SystemExit(f"cannot read {path}: {e.strerror}; a checkpoint comes from: python train.py") from None
+    return {"model": state, "model_args": asdict(args), "config": {}}
+
+
+def main() -> None:
+    cli = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("output", help="the file to write: .pt for a checkpoint, else a model for run.c")
+    cli.add_argument("--checkpoint", default="out/ckpt.pt", help="a .pt checkpoint or .bin model; default %(default)s")
+    cli.add_argument("--version", type=int, choices=HEADER_BYTES, default=0, help="layout, default 0")
+    cli.add_argument("--group_size", type=int, default=64, help="v2: values that share a scale, default 64")
+    args = cli.parse_args()
+    if args.group_size < 1:
+        cli.error(f"--group_size={args.group_size} must be at least 1")
+    checkpoint = read_any(args.checkpoint)
+    model = model_from_checkpoint(checkpoint, args.checkpoint)
+    if args.output.endswith(".pt"):
+        save_checkpoint(args.output, checkpoint | {"model": model.state_dict(), "model_args": asdict(model.args)})
+        print(f"wrote {args.output}: {model.num_parameters():,} parameters")
+        return
+    try:
+        error = write_bin(args.output, model.args, model.state_dict(), args.version, args.group_size)
+    except OSError as e:
+        raise SystemExit(f"cannot write {args.output}: {e.strerror}") from None
+    note = ""
+    if args.version == 2:
+        used = fit_group_size(model.args, args.group_size)
+        note = f", groups of {used}" + (f" ({args.group_size} does not divide the rows)" * (used != args.group_size))
+        note += f", largest error {error:.2g}"
+    print(f"wrote {args.output}: v{args.version}, {os.path.getsize(args.output):,} bytes{note}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,568 @@
+"""The Llama: architecture, cached generation, checkpoint files; run it to sample text from a checkpoint.
+
+    python model.py --checkpoint=out/ckpt.pt --start="Once upon a time" --num_samples=3
+
+Parameter names and shapes are llama2.c's, so its checkpoints load here and ours load there.
+Not for: training loops (train.py), other file formats (export.py), serving.
+"""
+
+import argparse
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ----------------------------------------------------------------------------
+# Configuration
+
+
+def opt(default, text: str, **extra):
+    """A dataclass field that carries its own help text, from which the command line is made."""
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass
+class ModelArgs:
+    """The shape of the network. Raises ValueError for a shape that cannot be built."""
+
+    dim: int = opt(288, "width of the residual stream")
+    n_layers: int = opt(6, "number of transformer blocks")
+    n_heads: int = opt(6, "number of query heads")
+    n_kv_heads: int | None = opt(None, "number of key/value heads; fewer than n_heads share them (default: n_heads)")
+    vocab_size: int = opt(32000, "number of token ids")
+    hidden_dim: int | None = opt(None, "width of the feed-forward layer (default: 8/3 dim, rounded up)")
+    multiple_of: int = opt(32, "round the default hidden_dim up to a multiple of this")
+    norm_eps: float = opt(1e-5, "epsilon inside RMSNorm")
+    max_seq_len: int = opt(256, "longest context, in tokens")
+    dropout: float = opt(0.0, "dropout on embeddings and residual branches; never inside attention")
+    rope_theta: float = opt(10000.0, "base of the rotary embedding's wavelengths")
+    tie_embeddings: bool = opt(True, "share the weights of the embedding and the classifier")
+
+    def __post_init__(self):
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(f"dim={self.dim} must be a multiple of 2*n_heads={2 * self.n_heads} (rotary pairs)")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.hidden_dim is None:
+            self.hidden_dim = -(-(8 * self.dim // 3) // self.multiple_of) * self.multiple_of
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+# ----------------------------------------------------------------------------
+# Layers. Shapes: B batch, T time, C dim, H query heads, K key/value heads, D head_dim, S cache slots.
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight (Zhang and Sennrich 2019), computed in fp32 whatever the input's type."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.float()  # written out, because the stock function costs three times as much on a single token
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+def rope_table(head_dim: int, length: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * theta^(-2i/head_dim), each (length, head_dim), every angle twice (Su et al. 2021)."""
+    freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
+    angles = torch.outer(torch.arange(length), freqs).float()
+    return angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring pairs of x (B, T, heads, D); cos and sin broadcast to (B, T, heads, D)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, heads, D/2) each
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # x rotated by 90 degrees
+    return (x * cos + turned * sin).type_as(x)  # cos and sin are fp32, and so is the sum
+
+
+class NarrowCausalAttention(torch.autograd.Function):
+    """Causal attention for narrow heads (D <= 16) on the CPU, forward and backward 2x faster than the stock kernel.
+
+    The stock CPU kernel visits the masked half too and multiplies matrices whose *output* is D wide, which BLAS does
+    badly. Here a block of queries meets only the keys before its end, products are laid out with D as the rows,
+    and the probabilities are kept rather than computed again (so the caller feeds few thousand tokens at a time).
+    """
+
+    BLOCK = 64
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q (N, T, G, D), k and v (N, T, D) with N = B*K and G = H/K; returns (N, T, G, D)."""
+        N, T, G, D = q.shape
+        block = NarrowCausalAttention.BLOCK
+        hidden = torch.full((block, block), -math.inf).triu_(1)[:, None]  # keys after the query, in the last block
+        out, probs = torch.empty_like(q), []
+        for i in range(0, T, block):
+            j = min(i + block, T)
+            scores = torch.bmm(q[:, i:j].reshape(N, -1, D) * D**-0.5, k[:, :j].transpose(1, 2))  # (N, (j-i)*G, j)
+            scores.view(N, j - i, G, j)[..., i:].add_(hidden[: j - i, :, : j - i])
+            probs.append(scores.softmax(-1))
+            mixed = torch.bmm(v[:, :j].transpose(1, 2), probs[-1].transpose(1, 2))  # (N, D, (j-i)*G)
+            out[:, i:j] = mixed.transpose(1, 2).view(N, j - i, G, D)
+        ctx.save_for_backward(q, k, v, *probs)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v, *probs = ctx.saved_tensors
+        N, T, G, D = q.shape
+        block, scale = NarrowCausalAttention.BLOCK, D**-0.5
+        dq, dk, dv = torch.empty_like(q), q.new_zeros(N, D, T), q.new_zeros(N, D, T)
+        for i, p in zip(range(0, T, block), probs, strict=True):
+            j = min(i + block, T)
+            g = grad[:, i:j].reshape(N, -1, D)
+            dv[:, :, :j].baddbmm_(g.transpose(1, 2), p)
+            dp = torch.bmm(g, v[:, :j].transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            dk[:, :, :j].baddbmm_(q[:, i:j].reshape(N, -1, D).transpose(1, 2), ds, alpha=scale)
+            turned = torch.bmm(k[:, :j].transpose(1, 2), ds.transpose(1, 2)).mul_(scale)  # (N, D, (j-i)*G)
+            dq[:, i:j] = turned.transpose(1, 2).view(N, j - i, G, D)
+        return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Softmax(q k' / sqrt(D)) v over the past; q (B, T, H, D), k and v (B, T, K, D); returns (B, T, H, D)."""
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    if q.device.type == "cpu" and D <= 16 and q.dtype == torch.float32 and not torch.compiler.is_compiling():
+        q = q.view(B, T, K, H // K, D).transpose(1, 2).reshape(B * K, T, H // K, D)
+        k, v = (x.transpose(1, 2).reshape(B * K, T, D) for x in (k, v))
+        out = NarrowCausalAttention.apply(q, k, v)
+        return out.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
+    # no explicit mask and no dropout: either would throw the kernel off its fast path
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H > K).transpose(1, 2)
+
+
+class KVCache:
+    """Keys and values of all layers for B rows of up to S tokens.
+
+    Rows are padded on the left, so that every row writes the same slot: `start` (B,) is each row's first real slot.
+    """
+
+    def __init__(self, args: ModelArgs, start: list[int], slots: int, like: torch.Tensor):
+        """start: padding of each row; slots: S; like: a tensor that has the wanted device and dtype."""
+        shape = (args.n_layers, len(start), args.n_kv_heads, slots, args.head_dim)
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # (layer, B, K, S, D)
+        self.weights: dict[tuple[nn.Linear, ...], torch.Tensor] = {}
+        self.used = 0
+        self.ragged = any(start)
+        self.start = torch.tensor(start, device=like.device)
+
+    def positions(self, T: int) -> torch.Tensor:
+        """Positions (B, T), or (1, T) when all rows are alike, of the next T slots; padding counts as position 0."""
+        slots = torch.arange(self.used, self.used + T, device=self.start.device)[None]
+        return (slots - self.start[:, None]).clamp(min=0) if self.ragged else slots
+
+    def mask(self, T: int) -> torch.Tensor | None:
+        """What the next T slots may see, (B, 1, T, used + T) bool; None if plain causal attention is right."""
+        if not self.ragged and (T == 1 or self.used == 0):
+            return None
+        slots = torch.arange(self.used + T, device=self.start.device)
+        rows, cols = slots[self.used :, None], slots[None]
+        real = cols >= self.start[:, None, None]  # (B, 1, S)
+        return ((cols <= rows) & real | (cols == rows))[:, None]  # padding sees itself: no empty softmax
+
+    def put(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k and v (B, T, K, D) behind what is there; returns all so far, (B, K, used + T, D)."""
+        end = self.used + k.shape[1]
+        self.k[layer, :, :, self.used : end] = k.transpose(1, 2)
+        self.v[layer, :, :, self.used : end] = v.transpose(1, 2)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def joined(self, *layers: nn.Linear) -> torch.Tensor:
+        """join_weights, kept for as long as the cache lives: during generation the weights don't change."""
+        if layers not in self.weights:
+            self.weights[layers] = join_weights(*layers)
+        return self.weights[layers]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these (indices)."""
+        self.k, self.v, self.start = self.k[:, rows], self.v[:, rows], self.start[rows]
+
+
+def join_weights(*layers: nn.Linear) -> torch.Tensor:
+    """Stack the weights of layers that read the same input: one wide product is faster than several narrow ones."""
+    return torch.cat([layer.weight for layer in layers])
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.heads = args.n_heads, args.n_kv_heads, args.head_dim
+        self.wq = nn.Linear(args.dim, args.dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.dim, args.dim, bias=False)
+
+    def forward(self, x, cos, sin, cache: KVCache | None = None, layer: int = 0, mask=None) -> torch.Tensor:
+        B, T, C = x.shape
+        H, K, D = self.heads
+        join = cache.joined if cache else join_weights
+        qkv = F.linear(x, join(self.wq, self.wk, self.wv)).view(B, T, H + 2 * K, D)
+        q, k = apply_rope(qkv[:, :, : H + K], cos, sin).split([H, K], dim=2)
+        v = qkv[:, :, H + K :]
+        if cache is None:
+            out = causal_attention(q, k, v)  # (B, T, H, D)
+        else:
+            k, v = cache.put(layer, k, v)  # (B, K, used + T, D)
+            causal = mask is None and T > 1
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k, v, mask, is_causal=causal, enable_gqa=H > K
+            ).transpose(1, 2)
+        return self.wo(out.reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        join = cache.joined if cache else join_weights
+        gate, up = F.linear(x, join(self.w1, self.w3)).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.dropout = nn.Dropout(args.dropout)
+
+    def forward(self, x, cos, sin, cache: KVCache | None = None, layer: int = 0, mask=None) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache, layer, mask))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x), cache))
+
+
+class Transformer(nn.Module):
+    """The Llama: tokens (B, T) in, logits (B, T, vocab_size) out."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.dropout = nn.Dropout(args.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        if args.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        cos, sin = rope_table(args.head_dim, args.max_seq_len, args.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, 0.02); the projections into the residual stream (wo, w2) get 0.02 / sqrt(2 n_layers), as GPT-2's."""
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.args.n_layers) if residual else 0.02)
+
+    def features(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Hidden states after the last norm, (B, T, dim); with a cache, tokens (B, T) follow what is cached.
+
+        T, with what is cached, must not exceed max_seq_len.
+        """
+        T = tokens.shape[1]
+        x = self.dropout(self.tok_embeddings(tokens))
+        if cache is None:
+            cos, sin, mask = self.rope_cos[:T, None], self.rope_sin[:T, None], None
+        else:
+            pos, mask = cache.positions(T), cache.mask(T)
+            cos, sin = self.rope_cos[pos][:, :, None], self.rope_sin[pos][:, :, None]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, cache, i, mask)
+        if cache is not None:
+            cache.used += T
+        return self.norm(x)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None):
+        """Returns (logits, loss): logits (B, T, vocab_size); loss is the mean negative log-likelihood in nats of
+        targets (B, T), those equal to -1 left out, or None without targets."""
+        logits = self.output(self.features(tokens))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Forward and backward at full context: 6 per weight and 12 L dim T for attention (PaLM, appendix B)."""
+        a = self.args
+        return 6 * self.num_parameters() + 12 * a.n_layers * a.dim * a.max_seq_len
+
+
+# ----------------------------------------------------------------------------
+# Generation
+
+
+def sample(logits: torch.Tensor, u: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
+    """Draw one id per row of logits (B, V) by inverse transform of u (B,), uniform in [0, 1); returns (B,).
+
+    temperature 0 is argmax; top_k 0 and top_p 1 are off; top_p keeps the fewest ids whose probability exceeds it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = logits.float() / temperature, None
+    if 0 < top_k < logits.shape[-1]:
+        logits, ids = logits.topk(top_k)
+    elif 0 < top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    probs = logits.softmax(-1)
+    if 0 < top_p < 1:
+        probs = probs * (probs.cumsum(-1) - probs <= top_p)
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]
+    # u * total may round up to total itself, which would pick an id past the last one of any probability
+    point = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    choice = torch.searchsorted(cdf, point, right=True)
+    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_ids: Sequence[int] = (1, 2),
+    generator: torch.Generator | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """Continue every prompt (ids, of any lengths ≥ 1) with its own random numbers; returns the new ids of each.
+
+    A row ends with the first id of stop_ids (kept in the result), after max_new_tokens, or when prompt and new ids
+    fill max_seq_len; rows that have ended are dropped from the batch. on_token(row, id) is called for each new id.
+    Raises ValueError for an empty prompt or one longer than max_seq_len. The generator lives on the CPU.
+    """
+    device, limit = model.rope_cos.device, model.args.max_seq_len
+    for prompt in prompts:
+        if not 1 <= len(prompt) <= limit:
+            raise ValueError(f"a prompt of {len(prompt)} tokens; the model takes 1 to {limit}")
+    rows = list(range(len(prompts)))  # row r of the batch is prompt rows[r]
+    room = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+    new: list[list[int]] = [[] for _ in prompts]
+    if not rows or max(room) < 1:
+        return new
+    width = max(map(len, prompts))
+    start = [width - len(prompt) for prompt in prompts]
+    tokens = torch.tensor([[0] * pad + list(p) for pad, p in zip(start, prompts, strict=True)], device=device)
+    cache = KVCache(model.args, start, width + max(room), model.tok_embeddings.weight)
+    training = model.training
+    model.eval()
+    try:
+        while True:
+            logits = model.output(model.features(tokens, cache)[:, -1])
+            # one draw per prompt and step, ended or not: a row's text does not depend on when others end
+            u = torch.rand(len(prompts), generator=generator)[rows].to(device)
+            ids = sample(logits, u, temperature, top_k, top_p)
+            alive = []
+            for r, (row, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
+                if len(new[row]) < room[row] and not (new[row] and new[row][-1] in stop_ids):
+                    new[row].append(token)
+                    if on_token:
+                        on_token(row, token)
+                    if token not in stop_ids and len(new[row]) < room[row]:
+                        alive.append(r)
+            if not alive:
+                return new
+            if len(alive) <= 0.8 * len(rows):  # dropping rows copies the cache: not at every ending
+                index = torch.tensor(alive, device=device)
+                cache.keep(index)
+                rows, ids = [rows[r] for r in alive], ids[index]
+            tokens = ids[:, None]
+    finally:
+        model.train(training)
+
+
+# ----------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
+    """Write a dict of tensors and plain values; a killed run leaves the old file or the new one, never half."""
+    from tokenizer import atomic_write
+
+    with atomic_write(os.fspath(path)) as f:
+        torch.save(checkpoint, f)
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """Read a checkpoint of train.py or of llama2.c onto the CPU; code hidden in a pickle is refused.
+
+    Raises SystemExit, in one line, for a file that is missing, damaged or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SystemExit(f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
+        why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
+        raise SystemExit(f"{path} is no checkpoint that can be read safely: {why}") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise SystemExit(f"{path} holds no model and model_args; is it a checkpoint of train.py?")
+    return checkpoint
+
+
+def model_from_checkpoint(checkpoint: dict, path: str | os.PathLike = "checkpoint", **changes) -> Transformer:
+    """The checkpoint's network in fp32 on the CPU, every weight accounted for; changes override model_args.
+
+    Raises SystemExit if names or shapes do not fit; path only names the culprit.
+    """
+    state = dict(checkpoint["model"])
+    for prefix in ("module.", "_orig_mod."):  # left by DDP and torch.compile in other people's checkpoints
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    args = dict(checkpoint["model_args"])
+    if "tie_embeddings" not in args:
+        embedding, output = state.get("tok_embeddings.weight"), state.get("output.weight")
+        args["tie_embeddings"] = output is None or (embedding is not None and torch.equal(embedding, output))
+    if args["tie_embeddings"] and "tok_embeddings.weight" in state:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    known = {f.name for f in fields(ModelArgs)}
+    if unknown := args.keys() - known:
+        raise SystemExit(f"{path} has model_args this version does not know: {', '.join(sorted(unknown))}")
+    try:
+        model = Transformer(ModelArgs(**args | changes))
+        model.load_state_dict(state)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise SystemExit(f"{path} does not hold the model it describes: {' '.join(str(e).split())[:200]}") from None
+    return model
+
+
+def pick_device(name: str = "auto") -> str:
+    """auto is cuda, then mps, then cpu. Raises SystemExit for a device this machine does not have."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+    if not (index or "0").isdigit() or int(index or "0") >= count:
+        raise SystemExit(f"no device {name} here; try --device={pick_device()}")
+    return name
+
+
+# ----------------------------------------------------------------------------
+# Command line: sample from a checkpoint
+
+
+def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = None):
+    """The Tokenizer a checkpoint was trained with: the named one, else where train.py found it, else beside it."""
+    from tokenizer import Tokenizer, tokenizer_path
+
+    config, size = checkpoint.get("config", {}), checkpoint["model_args"]["vocab_size"]
+    source = 0 if config.get("vocab_source", "llama2") == "llama2" else size
+    usual = tokenizer_path(config.get("data_dir", "data"), source)
+    beside = os.path.join(os.path.dirname(checkpoint_path), os.path.basename(usual))
+    tokenizer = Tokenizer(named or (usual if os.path.exists(usual) or not os.path.exists(beside) else beside))
+    if tokenizer.vocab_size != size:
+        print(f"warning: {tokenizer.model_path} has {tokenizer.vocab_size} pieces and the model {size}: the text will "
+              f"be noise; try --tokenizer={usual}", file=sys.stderr)
+    elif config.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        print(f"warning: {tokenizer.model_path} is not the tokenizer this model was trained with", file=sys.stderr)
+    return tokenizer
+
+
+class TextStream:
+    """Prints a growing list of ids as text, each character once it is whole."""
+
+    def __init__(self, tokenizer, ids: list[int]):
+        self.tokenizer, self.ids, self.shown = tokenizer, list(ids), 0
+
+    def __call__(self, row: int, token: int) -> None:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")  # bytes still waiting for the rest of a character
+        print(text[self.shown :], end="", flush=True)
+        self.shown = len(text)
+
+
+def main() -> None:
+    from tokenizer import CommandLine
+
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it does any other
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="out/ckpt.pt", help="default: %(default)s")
+    parser.add_argument("--start", default="", help="beginning of the text, or FILE:path to read it from a file")
+    parser.add_argument("--num_samples", type=int, default=1, help="how many texts, default 1")
+    parser.add_argument("--max_new_tokens", type=int, default=0, help="default: up to the model's max_seq_len")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token, default 1.0")
+    parser.add_argument("--top_k", type=int, default=0, help="sample from the k likeliest tokens only, default off")
+    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that hold this "
+                        "much probability, default off")
+    parser.add_argument("--tokenizer", help="tokenizer .model; default: the one the checkpoint was trained with")
+    parser.add_argument("--seed", type=int, default=1337, help="same seed, same text; default 1337")
+    parser.add_argument("--device", default="auto", help="auto|cpu|cuda|cuda:N|mps, default auto")
+    args = parser.parse_args()
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = model_from_checkpoint(checkpoint, args.checkpoint).to(pick_device(args.device)).eval()
+    tokenizer = find_tokenizer(checkpoint, args.checkpoint, args.tokenizer)
+    start = args.start
+    if start.startswith("FILE:"):
+        try:
+            start = Path(start[5:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise SystemExit(f"--start={start}: {e}") from None
+    prompt = tokenizer.encode(start, bos=True)
+    limit = model.args.max_seq_len
+    if len(prompt) >= limit or max(prompt) >= model.args.vocab_size:
+        raise SystemExit(f"--start is {len(prompt)} tokens up to id {max(prompt)}; this model takes fewer than {limit} "
+                         f"tokens of ids below {model.args.vocab_size}")
+    stream = TextStream(tokenizer, prompt) if args.num_samples == 1 else None
+    if stream:
+        print(start, end="")
+        stream.shown = len(tokenizer.decode(prompt))
+    began = time.perf_counter()
+    samples = generate(
+        model, [prompt] * args.num_samples, args.max_new_tokens or limit, args.temperature, args.top_k, args.top_p,
+        generator=torch.Generator().manual_seed(args.seed), on_token=stream,
+    )
+    seconds = time.perf_counter() - began
+    if stream:
+        print()
+    else:
+        print("\n---------------\n".join(tokenizer.decode(prompt + ids) for ids in samples))
+    print(f"{sum(map(len, samples)) / seconds:.0f} tok/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""What the tests share: a small data folder of made-up stories, and where optional real data would be."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+VOCAB = 384  # of the small data folder
+
+
+def shared_data(name: str) -> Path:
+    """A file of real weights or stories that may lie beside the project; skips the test where it doesn't."""
+    path = ROOT.parent / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not part of the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    """300 stories in 3 shards, a vocabulary of 384 and its tokens."""
+    import tinystories
+
+    folder = str(tmp_path_factory.mktemp("data"))
+    tinystories.main(["synth", "--num_stories=300", "--num_shards=3", "--data_dir", folder])
+    tinystories.main(["train_vocab", f"--vocab_size={VOCAB}", "--data_dir", folder])
+    tinystories.main(["pretokenize", f"--vocab_size={VOCAB}", "--data_dir", folder])
+    return folder
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(0)

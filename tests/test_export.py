@@ -1,0 +1,170 @@
+"""export.py against files written by hand from the format's description, and against real ones."""
+
+import struct
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, shared_data
+
+import export
+from export import fit_group_size, quantize, read_bin, write_bin
+from model import ModelArgs, Transformer, save_checkpoint
+
+SHAPES = [
+    {},
+    {"tie_embeddings": False},
+    {"n_kv_heads": 4, "hidden_dim": 96},
+    {"rope_theta": 5e5, "norm_eps": 1e-6, "tie_embeddings": False},
+]
+
+
+def make(**changes) -> Transformer:
+    torch.manual_seed(0)
+    args = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 40, "hidden_dim": 64}
+    net = Transformer(ModelArgs(**args | {"max_seq_len": 16} | changes))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p))
+    return net
+
+
+def by_hand(net: Transformer, version: int, group_size: int = 0) -> bytes:
+    """The file as the README's table of formats describes it, written with struct and numpy alone."""
+    a, w = net.args, {k: v.detach().numpy() for k, v in net.state_dict().items()}
+    sizes = [a.dim, a.hidden_dim, a.n_layers, a.n_heads, a.n_kv_heads, a.vocab_size, a.max_seq_len]
+    every = lambda name: [w[f"layers.{i}.{name}.weight"] for i in range(a.n_layers)]  # noqa: E731
+    attention = every("attention.wq") + every("attention.wk") + every("attention.wv") + every("attention.wo")
+    ffn = every("feed_forward.w1") + every("feed_forward.w2") + every("feed_forward.w3")
+    last = [] if a.tie_embeddings else [w["output.weight"]]
+    floats = lambda tensors: b"".join(t.astype("<f4").tobytes() for t in tensors)  # noqa: E731
+    if version == 0:
+        head = struct.pack("<7i", *sizes[:5], a.vocab_size if a.tie_embeddings else -a.vocab_size, a.max_seq_len)
+        half = a.dim // a.n_heads // 2
+        angles = np.arange(a.max_seq_len)[:, None] / 10000.0 ** (np.arange(half)[None] / half)
+        tables = [np.cos(angles), np.sin(angles)]
+        tensors = [w["tok_embeddings.weight"], *every("attention_norm"), *attention, *every("ffn_norm"), *ffn]
+        return head + floats([*tensors, w["norm.weight"], *tables, *last])
+    head = struct.pack("<Ii7iB", 0x616B3432, version, *sizes, a.tie_embeddings)
+    if version == 2:
+        head += struct.pack("<i", group_size)
+    head = head.ljust(48, b"\0")
+    if a.rope_theta != 10000:
+        head += struct.pack("<2f", a.rope_theta, a.norm_eps)
+    head = head.ljust(256, b"\0")
+    norms = [*every("attention_norm"), *every("ffn_norm"), w["norm.weight"]]
+    matrices = [w["tok_embeddings.weight"], *attention, *ffn, *last]
+    if version == 1:
+        return head + floats(norms + matrices)
+    body = b""
+    for m in matrices:
+        groups = m.reshape(-1, group_size).astype(np.float32)
+        scale = np.abs(groups).max(1) / np.float32(127)
+        body += np.rint(groups / scale[:, None]).astype(np.int8).tobytes() + scale.astype("<f4").tobytes()
+    return head + floats(norms) + body
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_bytes_equal_the_description_and_read_back(version, shape, tmp_path):
+    net, path = make(**shape), str(tmp_path / "model.bin")
+    if version == 0 and "rope_theta" in shape:
+        with pytest.raises(SystemExit, match="--version=1"):
+            write_bin(path, net.args, net.state_dict(), 0)
+        return
+    error = write_bin(path, net.args, net.state_dict(), version, group_size=64)
+    got = open(path, "rb").read()
+    expected = by_hand(net, version, group_size=32)
+    if version == 0:  # numpy's cosines differ from torch's in the last bit: compare those as numbers
+        assert got[:28] == expected[:28]
+        np.testing.assert_allclose(*(np.frombuffer(b[28:], "<f4") for b in (got, expected)), atol=2e-7)
+    else:
+        assert got == expected
+    args, state = read_bin(path)
+    same = asdict(args) | {"multiple_of": 0, "rope_theta": round(args.rope_theta), "norm_eps": round(args.norm_eps, 9)}
+    assert same == asdict(net.args) | {"multiple_of": 0}
+    assert state.keys() == net.state_dict().keys()
+    worst = max((state[k] - v).abs().max().item() for k, v in net.state_dict().items())
+    assert worst == error if version == 2 else worst == error == 0
+    if version == 2:  # half a step of the coarsest group
+        assert 0 < error <= max(p.abs().max().item() for p in net.parameters()) / 127 / 2 * 1.001
+
+
+def test_quantize_equals_numpy_and_survives_zeros():
+    w = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    w[2] = 0
+    w[3, 5] = -100.0
+    q, scale = quantize(w, 32)
+    groups = w.numpy().reshape(-1, 32)
+    for g, q_row, s in zip(groups, q.numpy(), scale.numpy(), strict=True):
+        assert s == np.abs(g).max() / np.float32(127)
+        expected = np.rint(g / s) if s else np.zeros(32)
+        assert (q_row == expected).all()
+    assert q.abs().max() == 127
+
+
+def test_group_size_backs_off_until_it_divides_both_kinds_of_row():
+    assert fit_group_size(make().args, 64) == 32
+    assert fit_group_size(make(hidden_dim=172).args, 64) == 4
+    assert fit_group_size(make(hidden_dim=64).args, 16) == 16
+
+
+def test_damaged_files_are_one_clear_line(tmp_path):
+    net, path = make(), tmp_path / "model.bin"
+    for version in (0, 1, 2):
+        write_bin(str(path), net.args, net.state_dict(), version)
+        good = path.read_bytes()
+        at = 0 if version == 0 else 8
+        bad = {
+            "cut": good[:-1], "longer": good + b"\0", "header": good[:20], "empty": b"", "half": good[: len(good) // 2],
+            "text": b"Once upon a time, there was a little girl." * 9, "gguf": b"GGUF" + bytes(300),
+            "version": struct.pack("<Ii", 0x616B3432, 7) + good[8:],
+        }  # fmt: skip
+        for i in range(7):
+            for value in (0, -5, 2**31 - 1, 3):
+                bad[f"{i}={value}"] = good[: at + 4 * i] + struct.pack("<i", value) + good[at + 4 * i + 4 :]
+        if version == 2:
+            for value in (0, -4, 7, 2**30):
+                bad[f"group={value}"] = good[:37] + struct.pack("<i", value) + good[41:]
+        for what, content in bad.items():
+            path.write_bytes(content)
+            with pytest.raises(SystemExit, match="model.bin is") as e:
+                read_bin(str(path))
+            assert "\n" not in str(e.value), what
+
+
+def test_real_weights_byte_for_byte(tmp_path):
+    source, path = shared_data("stories260K/ckpt.pt"), tmp_path / "model.bin"
+    run("model.bin", "--checkpoint", source, cwd=tmp_path)
+    assert path.read_bytes() == shared_data("stories260K/stories260K.bin").read_bytes()
+
+
+def run(*args: object, cwd) -> str:
+    command = [sys.executable, str(ROOT / "export.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=True).stdout
+
+
+def test_cli_to_bin_and_back(tmp_path):
+    net = make(hidden_dim=172)
+    save_checkpoint(tmp_path / "ckpt.pt", {"model": net.state_dict(), "model_args": asdict(net.args)})
+    assert "v0" in run("a.bin", "--checkpoint=ckpt.pt", cwd=tmp_path)
+    run("back.pt", "--checkpoint=a.bin", cwd=tmp_path)
+    assert "groups of 4 (64 does not" in run("q.bin", "--checkpoint=back.pt", "--version=2", cwd=tmp_path)
+    run("again.bin", "--checkpoint=back.pt", "--version", 0, cwd=tmp_path)
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "again.bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [(["m.bin", "--checkpoint=none.pt"], "train.py"), (["m.bin", "--checkpoint=none.bin"], "none.bin"),
+     (["m.bin", "--version=9"], "--version"), (["m.bin", "--group_size=0"], "group_size"), ([], "output")],
+)  # fmt: skip
+def test_mistakes(args, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["export.py", *args])
+    with pytest.raises(SystemExit, match=message) as e:
+        export.main()
+    assert "\n" not in str(e.value)

@@ -1,0 +1,384 @@
+"""model.py against transformers' Llama, brute force in float64, and itself without a cache."""
+
+import math
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, shared_data
+
+import model as M
+from model import ModelArgs, Transformer, generate, sample
+
+TINY = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61, "multiple_of": 8, "max_seq_len": 48}
+
+
+def make(seed: int = 0, scale: float = 6.0, **changes) -> Transformer:
+    """A random model, its weights made large so that its choices are far from uniform."""
+    torch.manual_seed(seed)
+    net = Transformer(ModelArgs(**TINY | changes)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(scale) if p.dim() > 1 else p.add_(0.3 * torch.randn_like(p))
+    return net
+
+
+def tokens(*shape: int, seed: int = 1, vocab: int = 61) -> torch.Tensor:
+    return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the network -----------------------------------------------------------------------------------------
+
+
+def hugging_face(net: Transformer):
+    """The same weights in transformers' LlamaForCausalLM, whose rotary pairs are (i, i + D/2), not (2i, 2i + 1)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    a = net.args
+    config = LlamaConfig(
+        hidden_size=a.dim, intermediate_size=a.hidden_dim, num_hidden_layers=a.n_layers, vocab_size=a.vocab_size,
+        num_attention_heads=a.n_heads, num_key_value_heads=a.n_kv_heads, rms_norm_eps=a.norm_eps,
+        max_position_embeddings=a.max_seq_len, rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    theirs = LlamaForCausalLM(config).eval()
+
+    def halves(w: torch.Tensor) -> torch.Tensor:
+        return w.view(-1, a.head_dim // 2, 2, a.dim).transpose(1, 2).reshape(w.shape)
+
+    names = {
+        "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    state = {
+        "model.embed_tokens.weight": net.tok_embeddings.weight,
+        "model.norm.weight": net.norm.weight,
+        "lm_head.weight": net.output.weight,
+    }
+    for i, layer in enumerate(net.layers):
+        ours = dict(layer.named_parameters())
+        for name, their_name in names.items():
+            state[f"model.layers.{i}.{their_name}.weight"] = ours[name + ".weight"]
+        for name, their_name in (("wq", "q_proj"), ("wk", "k_proj")):
+            state[f"model.layers.{i}.self_attn.{their_name}.weight"] = halves(ours[f"attention.{name}.weight"])
+    theirs.load_state_dict(state)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"rope_theta": 500.0, "norm_eps": 1e-2},
+     {"dim": 80, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 100}],
+)  # fmt: skip
+def test_logits_equal_transformers(changes):
+    net = make(**changes)
+    x = tokens(3, 40)
+    with torch.no_grad():
+        ours, _ = net(x)
+        theirs = hugging_face(net)(x).logits
+    assert ours.std() > 0.5  # else equality would say little
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_loss_is_mean_negative_log_likelihood_without_ignored_targets():
+    net = make()
+    x, y = tokens(2, 9), tokens(2, 9, seed=2)
+    y[0, 3:] = -1
+    logits, loss = net(x, y)
+    log_probs = logits.detach().double().log_softmax(-1)
+    expected = np.mean([-log_probs[b, t, y[b, t]].item() for b in range(2) for t in range(9) if y[b, t] != -1])
+    assert abs(loss.item() - expected) < 1e-5
+
+
+def brute_force_attention(q, k, v):
+    """(B, T, H, D), key by key, in float64."""
+    B, T, H, D = q.shape
+    out = torch.zeros_like(q)
+    for h in range(H):
+        kv = h * k.shape[2] // H
+        for t in range(T):
+            scores = torch.einsum("bd,bsd->bs", q[:, t, h], k[:, : t + 1, kv]) / math.sqrt(D)
+            out[:, t, h] = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, : t + 1, kv])
+    return out
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 21])
+def test_narrow_attention_and_its_gradients_equal_brute_force(T, monkeypatch):
+    monkeypatch.setattr(M.NarrowCausalAttention, "BLOCK", 8)
+    g = torch.Generator().manual_seed(T)
+    q = torch.randn(2, T, 6, 4, generator=g, dtype=torch.float64)
+    k, v = (torch.randn(2, T, 3, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(2, T, 6, 4, generator=g, dtype=torch.float64)
+    expected, got = [], []
+    for function, dtype, results in ((brute_force_attention, torch.float64, expected),
+                                     (M.causal_attention, torch.float32, got)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        out = function(*leaves)
+        (out * weight.to(dtype)).sum().backward()
+        results += [out] + [x.grad for x in leaves]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_stays_on_the_fast_path(dropout, monkeypatch):
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append((args[3:], kwargs))
+        return stock(*args, **kwargs)
+
+    stock = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    net = make(dropout=dropout, dim=64, n_heads=2, n_kv_heads=1).train()  # 32 wide: the stock kernel
+    net(tokens(2, 9), tokens(2, 9))
+    assert len(calls) == 2
+    for args, kwargs in calls:
+        assert not args and kwargs["is_causal"] and not kwargs.get("dropout_p") and kwargs.get("attn_mask") is None
+
+
+def test_dropout_only_in_training():
+    net = make(dropout=0.5)
+    x = tokens(1, 8)
+    assert torch.equal(net(x)[0], net(x)[0])
+    net.train()
+    assert not torch.equal(net(x)[0], net(x)[0])
+
+
+def test_residual_projections_start_smaller():
+    torch.manual_seed(0)
+    net = Transformer(ModelArgs(dim=256, n_layers=8, n_heads=4, vocab_size=500))
+    for name, p in net.named_parameters():
+        if p.dim() == 2:
+            std = 0.02 / 4 if name.endswith(("wo.weight", "w2.weight")) else 0.02
+            assert abs(p.std().item() / std - 1) < 0.05, name
+        else:
+            assert torch.equal(p, torch.ones_like(p))
+
+
+def test_bfloat16_autocast_is_close():
+    net = make()
+    x = tokens(2, 20)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rough = net(x)[0].float()
+    exact = net(x)[0]
+    assert (rough - exact).abs().mean() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [({"n_heads": 3}, "n_heads"), ({"n_kv_heads": 3}, "n_kv_heads"), ({"dim": 0}, "dim"), ({"dropout": 1.0}, "dropout"),
+     ({"dim": 12, "n_heads": 4}, "2\\*n_heads"), ({"vocab_size": -1}, "vocab_size")],
+)  # fmt: skip
+def test_impossible_shapes(bad, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArgs(**TINY | bad)
+
+
+# ---- generation ------------------------------------------------------------------------------------------
+
+
+def greedy_without_cache(net, prompt, n):
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(net(torch.tensor([ids]))[0][0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+PROMPTS = [[1], [1, 7, 9, 30], [1, 5], list(range(3, 30)), [1, 5, 8, 8, 8, 8, 8, 20]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"dim": 128, "n_heads": 4}])
+def test_cached_generation_equals_uncached(changes):
+    net = make(tie_embeddings=False, **changes)
+    with torch.no_grad():
+        expected = [greedy_without_cache(net, p, 20) for p in PROMPTS]
+    assert len({token for row in expected for token in row}) > 12  # no mere repetition
+    assert generate(net, PROMPTS, 20, temperature=0, stop_ids=()) == expected
+    assert [generate(net, [p], 20, temperature=0, stop_ids=())[0] for p in PROMPTS] == expected
+
+
+def test_cached_features_equal_uncached():
+    net = make()
+    x = tokens(2, 30)
+    cache = M.KVCache(net.args, [0, 0], 30, x.float())
+    with torch.no_grad():
+        parts = [net.features(part, cache) for part in x.split([11, 1, 1, 9, 8], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), net.features(x), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_end_by_themselves_and_do_not_disturb_others():
+    net = make(scale=2.0)
+    free = generate(net, PROMPTS * 8, 20, stop_ids=(), generator=torch.Generator().manual_seed(3))
+    stop = 5
+    assert 5 < sum(stop in row for row in free) < len(free)
+    ended = generate(net, PROMPTS * 8, 20, stop_ids=(stop,), generator=torch.Generator().manual_seed(3))
+    for row, full in zip(ended, free, strict=True):
+        assert row == (full[: full.index(stop) + 1] if stop in full else full)
+
+
+def test_generation_respects_the_context_and_reports_each_token():
+    net = make()
+    seen = {0: [], 1: []}
+    rows = generate(net, [[3] * 40, [4] * 47], 100, stop_ids=(), generator=torch.Generator().manual_seed(0),
+                    on_token=lambda row, token: seen[row].append(token))
+    assert [len(row) for row in rows] == [8, 1] and [seen[0], seen[1]] == rows
+    assert generate(net, [[3] * 48], 5) == [[]]
+    assert generate(net, [], 5) == []
+    for bad in ([], [3] * 49):
+        with pytest.raises(ValueError, match="prompt"):
+            generate(net, [bad], 5)
+
+
+def test_same_generator_same_text_and_training_mode_comes_back():
+    net = make(dropout=0.3).train()
+    a, b, c = (generate(net, PROMPTS, 12, generator=torch.Generator().manual_seed(s)) for s in (7, 7, 8))
+    assert a == b != c and net.training
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 7, "top_p": 0.9, "temperature": 2.0}]
+)
+def test_sampling_follows_the_distribution(options):
+    logits = torch.randn(1, 13, generator=torch.Generator().manual_seed(0)) * 2
+    n = 20000
+    u = (torch.arange(n) + 0.5) / n  # a grid in place of random numbers: frequencies are exact to 1/n
+    got = np.bincount(sample(logits.expand(n, -1), u, **options).numpy(), minlength=13) / n
+    p = np.exp(logits[0].double().numpy() / options.get("temperature", 1.0))
+    order = np.argsort(-p)
+    if "top_k" in options:
+        p[order[options["top_k"] :]] = 0
+    p /= p.sum()
+    if "top_p" in options:
+        total = 0.0
+        for i in order:
+            p[i], total = (p[i], total + p[i]) if total <= options["top_p"] else (0.0, total)
+    np.testing.assert_allclose(got, p / p.sum(), atol=3 / n)
+
+
+def test_sampling_edges():
+    logits = torch.tensor([[0.0, 5.0, 5.0, -math.inf]])
+    assert sample(logits, torch.tensor([0.99]), temperature=0).item() == 1
+    assert sample(logits, torch.tensor([1 - 2**-24])).item() == 2
+    assert sample(logits, torch.tensor([0.0])).item() == 0
+    assert sample(logits, torch.tensor([1 - 2**-24]), top_k=1).item() == 1
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------
+
+
+def checkpoint_of(net: Transformer, **more) -> dict:
+    from dataclasses import asdict
+
+    return {"model": net.state_dict(), "model_args": asdict(net.args)} | more
+
+
+def test_checkpoint_round_trip_and_foreign_prefixes(tmp_path):
+    net, path = make(), tmp_path / "ckpt.pt"
+    state = {"_orig_mod." + k: v for k, v in net.state_dict().items()}
+    args = {k: TINY[k] for k in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")}
+    M.save_checkpoint(path, {"model": state, "model_args": args | {"dropout": 0.0}})  # as llama2.c writes it
+    again = M.model_from_checkpoint(M.load_checkpoint(path), dropout=0.2)
+    assert again.args.dropout == 0.2 and again.args.tie_embeddings and again.output.weight is again.tok_embeddings.weight
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+def test_untied_checkpoint_is_recognised():
+    net = make(tie_embeddings=False)
+    checkpoint = checkpoint_of(net)
+    del checkpoint["model_args"]["tie_embeddings"]
+    again = M.model_from_checkpoint(checkpoint)
+    assert not again.args.tie_embeddings and torch.equal(again.output.weight, net.output.weight)
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def test_bad_checkpoints_are_one_clear_line(tmp_path, capsys):
+    path = tmp_path / "ckpt.pt"
+    good = tmp_path / "good.pt"
+    M.save_checkpoint(good, checkpoint_of(make()))
+    whole = good.read_bytes()
+    contents = {
+        "attack": pickle.dumps(Attack()), "cut": whole[: len(whole) // 2], "empty": b"", "text": b"Once upon a time",
+    }  # fmt: skip
+    for name, content in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="ckpt.pt") as e:
+            M.load_checkpoint(path)
+        assert "\n" not in str(e.value), name
+    torch.save({"model": Attack(), "model_args": {}}, path)
+    with pytest.raises(SystemExit, match="safely"):
+        M.load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(SystemExit, match="model_args"):
+        M.load_checkpoint(path)
+    with pytest.raises(SystemExit, match="train.py"):
+        M.load_checkpoint(tmp_path / "nothing.pt")
+    assert "never" not in capsys.readouterr().out
+
+
+def test_incomplete_or_surplus_weights_are_refused():
+    for change in ("missing", "surplus", "shape", "args"):
+        checkpoint = checkpoint_of(make())
+        if change == "missing":
+            del checkpoint["model"]["layers.1.attention.wo.weight"]
+        elif change == "surplus":
+            checkpoint["model"]["layers.2.attention.wo.weight"] = torch.zeros(32, 32)
+        elif change == "shape":
+            checkpoint["model_args"]["dim"] = 64
+        else:
+            checkpoint["model_args"]["moe"] = 8
+        with pytest.raises(SystemExit):
+            M.model_from_checkpoint(checkpoint)
+
+
+def test_devices():
+    assert M.pick_device("cpu") == "cpu" and M.pick_device() in ("cpu", "cuda", "mps")
+    for name in ("tpu", "cuda:99", "cuda:x"):
+        with pytest.raises(SystemExit, match="--device"):
+            M.pick_device(name)
+
+
+# ---- command line ----------------------------------------------------------------------------------------
+
+LILY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
+    "big, red ball. She wanted to play with it, but it was too high."
+)
+
+
+def run_cli(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "model.py", *map(str, args)], capture_output=True, text=True)
+
+
+def test_real_weights_tell_lilys_story():
+    done = run_cli("--checkpoint", shared_data("stories260K/ckpt.pt"), "--temperature=0")
+    assert done.stdout.startswith(LILY) and done.stdout.endswith('"Thank you, Lily! You are a good friend."\n'), done.stderr
+
+
+def test_cli_samples_and_mistakes(tmp_path, data_dir):
+    from conftest import VOCAB
+
+    path = tmp_path / "ckpt.pt"
+    config = {"vocab_source": "custom", "data_dir": data_dir}
+    M.save_checkpoint(path, checkpoint_of(make(scale=1.0, vocab_size=VOCAB), config=config))
+    flags = ["--checkpoint", path, "--max_new_tokens=9", "--seed=4", "--start=One day"]
+    one, again, three = run_cli(*flags), run_cli(*flags), run_cli(*flags, "--num_samples=3")
+    assert one.returncode == 0 and one.stdout == again.stdout and one.stdout.startswith("One day"), one.stderr
+    assert three.stdout.count("One day") == 3 and three.stdout.count("-----") == 2 * 3
+    for wrong, message in (
+        (["--checkpoint", "no.pt"], "train.py"), (["--temprature=1"], "--temperature"),
+        (["--checkpoint", path, "--start", "word " * 99], "fewer than 48"),
+        (["--checkpoint", path, "--start=FILE:/no"], "FILE:/no"),
+        (["--checkpoint", path, "--tokenizer=/no.model"], "/no.model"),
+    ):  # fmt: skip
+        done = run_cli(*wrong)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,894 @@
+"""Tests of run.c: logits, tokens, sampling and text against independent implementations written here, and every
+broken file, prompt and flag we know of on a build with the address and undefined-behaviour sanitizers.
+
+Needs a C compiler, numpy and sentencepiece; makes its own models. Where ../shared/data lies beside the repository,
+the real stories260K and Llama 2 tokenizer are tested as well. Not here: speed, fuzzing.
+"""
+
+import ctypes
+import ctypes.util
+import dataclasses
+import io
+import os
+import random
+import shutil
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+STORIES = DATA / "stories260K"
+BOS, EOS = 1, 2
+INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
+SANITIZER = "exitcode=99:allocator_may_return_null=1:detect_leaks="
+# leaks count where a run succeeds; an error exits from where it is
+ENV = dict(os.environ, ASAN_OPTIONS=SANITIZER + "0", UBSAN_OPTIONS="exitcode=99")
+LEAKS_ENV = dict(ENV, ASAN_OPTIONS=SANITIZER + "1")
+
+needs_stories = pytest.mark.skipif(
+    not STORIES.is_dir(), reason=f"no real weights: {STORIES} is not there (stories260K.bin, tok512.bin)")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Builds
+
+# Reads {char kind; uint32 n; n bytes} from stdin. 'e': encode the bytes, print the ids. 's': the bytes are
+# {float temperature, topp; uint64 seed; uint32 draws; float logits[]}: print that many sampled ids.
+HARNESS = r"""
+#define TESTING
+#include "run.c"
+int main(int argc, char **argv) {
+    Tokenizer t = {0};
+    unsigned char head[5];
+    if (argc > 1) load_tokenizer(&t, argv[1]);
+    while (fread(head, 1, 5, stdin) == 5) {
+        size_t n = (size_t)i32_at(head + 1);
+        char *bytes = malloc(n);  /* exactly n: the sanitizer sees a read beyond */
+        if (fread(bytes, 1, n, stdin) != n) return 2;
+        if (head[0] == 'e') {
+            Tokens ids = encode(&t, bytes, n);
+            for (int i = 0; i < ids.n; i++) printf("%d ", ids.ids[i]);
+            free(ids.ids);
+        } else {
+            const unsigned char *b = (unsigned char *)bytes;
+            int vocab = (int)(n - 20) / 4, draws = i32_at(b + 16);
+            Sampler s = {.n = vocab, .temperature = f32_at(b), .topp = f32_at(b + 4)};
+            memcpy(&s.rng, b + 8, 8);
+            s.candidates = malloc((size_t)vocab * sizeof(Candidate));
+            float *logits = malloc((size_t)vocab * sizeof(float));
+            for (int i = 0; i < draws; i++) {
+                memcpy(logits, b + 20, (size_t)vocab * sizeof(float));
+                printf("%d ", sample(&s, logits));
+            }
+            free(logits);
+            free(s.candidates);
+        }
+        printf("\n");
+        free(bytes);
+    }
+    if (argc > 1) free_tokenizer(&t);
+    return 0;
+}
+"""
+
+
+@dataclasses.dataclass
+class Builds:
+    fast: Path       # -O2
+    checked: Path    # -O1 with ASan and UBSan
+    harness: Path    # HARNESS, with ASan and UBSan
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory):
+    cc = shutil.which(os.environ.get("CC", "cc"))
+    if not cc:
+        pytest.skip("no C compiler (cc) to build run.c with")
+    out = tmp_path_factory.mktemp("build")
+    (out / "harness.c").write_text(HARNESS)
+    common = [cc, "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-ffp-contract=off", f"-I{ROOT}"]
+    checks = ["-g", "-O1", "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero",
+              "-fno-sanitize-recover=all"]
+    probe = subprocess.run([cc, "-fsanitize=address,undefined", "-xc", "-", "-o", str(out / "probe")],
+                           input="int main(void){return 0;}", text=True, capture_output=True)
+    if probe.returncode:
+        pytest.skip("the C compiler has no -fsanitize=address,undefined (libasan, libubsan)")
+    jobs = {
+        "run": [*common, "-Werror", "-O2", str(ROOT / "run.c")],
+        "run_checked": [*common, *checks, str(ROOT / "run.c")],
+        "harness": [*common, "-Wno-unused-function", *checks, str(out / "harness.c")],
+    }
+    running = [subprocess.Popen([*cmd, "-o", str(out / name), "-lm"], stderr=subprocess.PIPE, text=True)
+               for name, cmd in jobs.items()]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    return Builds(out / "run", out / "run_checked", out / "harness")
+
+
+def run(binary, *args, stdin=b"", cwd=None, env=ENV):
+    return subprocess.run([str(binary), *map(str, args)], input=stdin, capture_output=True, env=env, cwd=cwd,
+                          timeout=60)
+
+
+def run_ok(binary, *args, **kw):
+    r = run(binary, *args, env=LEAKS_ENV, **kw)
+    assert r.returncode == 0, r.stderr.decode()
+    return r.stdout
+
+
+def assert_error(r, subject, *words):
+    """One line on stderr, "run: SUBJECT: what is wrong" with all the words; exit code 1, nothing on stdout."""
+    text = r.stderr.decode()
+    assert r.returncode == 1, (r.returncode, text)
+    start = f"run: {subject}: " if str(subject) else "run: "
+    assert text.startswith(start) and text.count("\n") == 1 and text.endswith("\n"), text
+    assert r.stdout == b""
+    for word in words:
+        assert str(word) in text[len(start):], text
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Models: random weights, written in the three layouts
+
+@dataclasses.dataclass
+class Shape:
+    dim: int = 32
+    hidden_dim: int = 48
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    vocab_size: int = 300
+    seq_len: int = 32
+    tied: bool = True
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def ints(self, vocab_sign=1):
+        return struct.pack("<7i", self.dim, self.hidden_dim, self.n_layers, self.n_heads, self.n_kv_heads,
+                           self.vocab_size * vocab_sign, self.seq_len)
+
+
+def random_weights(s, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+
+    def matrix(layers, rows, cols):
+        return (rng.standard_normal((layers, rows, cols)) * scale / np.sqrt(cols)).astype(np.float32)
+
+    kv_dim = s.dim // s.n_heads * s.n_kv_heads
+    w = {
+        "emb": matrix(1, s.vocab_size, s.dim)[0] * np.float32(3),
+        "rms_att": (1 + 0.2 * rng.standard_normal((s.n_layers, s.dim))).astype(np.float32),
+        "wq": matrix(s.n_layers, s.dim, s.dim), "wk": matrix(s.n_layers, kv_dim, s.dim),
+        "wv": matrix(s.n_layers, kv_dim, s.dim), "wo": matrix(s.n_layers, s.dim, s.dim),
+        "rms_ffn": (1 + 0.2 * rng.standard_normal((s.n_layers, s.dim))).astype(np.float32),
+        "w1": matrix(s.n_layers, s.hidden_dim, s.dim), "w2": matrix(s.n_layers, s.dim, s.hidden_dim),
+        "w3": matrix(s.n_layers, s.hidden_dim, s.dim),
+        "rms_final": (1 + 0.2 * rng.standard_normal(s.dim)).astype(np.float32),
+    }
+    w["cls"] = w["emb"] if s.tied else matrix(1, s.vocab_size, s.dim)[0]
+    return w
+
+
+V0_ORDER = ["emb", "rms_att", "wq", "wk", "wv", "wo", "rms_ffn", "w1", "w2", "w3", "rms_final"]
+V1_ORDER = ["rms_att", "rms_ffn", "rms_final", "emb", "wq", "wk", "wv", "wo", "w1", "w2", "w3"]
+
+
+def quantize(x, group):
+    """int8 values and fp32 scales of the last axis in groups; rounds half away from zero, as the file format's
+    activations are (weights never hit a half exactly)."""
+    g = x.reshape(-1, group)
+    scale = (np.abs(g).max(axis=1) / 127).astype(x.dtype)
+    t = g / np.where(scale == 0, 1, scale)[:, None]
+    return (np.sign(t) * np.floor(np.abs(t) + 0.5)).astype(np.int8), scale
+
+
+def model_bytes(s, w, version=0, group=0):
+    if version == 0:
+        freqs = np.full(s.seq_len * s.dim // s.n_heads, 7.0, np.float32)  # unused, and wrong on purpose
+        parts = [s.ints(1 if s.tied else -1)] + [w[k].tobytes() for k in V0_ORDER] + [freqs.tobytes()]
+        return b"".join(parts + ([] if s.tied else [w["cls"].tobytes()]))
+    header = struct.pack("<Ii", 0x616B3432, version) + s.ints() + struct.pack("<B", s.tied)
+    header = (header + struct.pack("<i", group)).ljust(48, b"\0")
+    defaults = s.rope_theta == 10000.0 and s.norm_eps == 1e-5
+    header += struct.pack("<ff", *((0, 0) if defaults else (s.rope_theta, s.norm_eps)))
+    parts = [header.ljust(256, b"\0")]
+    for name in V1_ORDER + ([] if s.tied else ["cls"]):
+        for tensor in w[name] if w[name].ndim == 3 else [w[name]]:
+            if version == 1 or name.startswith("rms"):
+                parts.append(tensor.tobytes())
+            else:
+                q, scale = quantize(tensor, group)
+                parts += [q.tobytes(), scale.tobytes()]
+    return b"".join(parts)
+
+
+def reference_logits(s, w, ids, group=0):
+    """Llama in numpy float64, position by position and head by head; with a group, int8 weights and activations."""
+    def linear(x, matrix):
+        if not group:
+            return matrix.astype(np.float64) @ x
+        wq, ws = quantize(matrix, group)
+        xq, xs = quantize(x, group)
+        wq = wq.reshape(len(matrix), -1, group).astype(np.int64)
+        sums = (wq * xq.astype(np.int64)[None]).sum(axis=2)
+        return (sums * ws.reshape(len(matrix), -1).astype(np.float64) * xs[None]).sum(axis=1)
+
+    def norm(x, weight):
+        return weight * (x / np.sqrt((x * x).mean() + s.norm_eps))
+
+    def rotate(x, pos):
+        pairs = x.reshape(-1, size // 2, 2)
+        turn = np.exp(1j * pos * s.rope_theta ** (-np.arange(0, size, 2) / size))
+        z = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
+        return np.stack([z.real, z.imag], axis=-1).reshape(-1, size)
+
+    size = s.dim // s.n_heads
+    emb = w["emb"]
+    if group:
+        q, scale = quantize(emb, group)
+        emb = (q * scale[:, None]).reshape(emb.shape)
+    cache = [([], []) for _ in range(s.n_layers)]
+    out = []
+    for pos, token in enumerate(ids):
+        x = emb[token].astype(np.float64)
+        for layer in range(s.n_layers):
+            h = norm(x, w["rms_att"][layer])
+            q = rotate(linear(h, w["wq"][layer]), pos)
+            keys, values = cache[layer]
+            keys.append(rotate(linear(h, w["wk"][layer]), pos))
+            values.append(linear(h, w["wv"][layer]).reshape(-1, size))
+            heads = []
+            for i in range(s.n_heads):
+                kv = i // (s.n_heads // s.n_kv_heads)
+                score = np.array([q[i] @ k[kv] for k in keys]) / np.sqrt(size)
+                p = np.exp(score - score.max())
+                heads.append(sum(a * v[kv] for a, v in zip(p / p.sum(), values)))
+            x = x + linear(np.concatenate(heads), w["wo"][layer])
+            h = norm(x, w["rms_ffn"][layer])
+            gate = linear(h, w["w1"][layer])
+            x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, w["w3"][layer]), w["w2"][layer])
+        out.append(linear(norm(x, w["rms_final"]), w["cls"]))
+    return np.array(out)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+def tokenizer_bytes(pieces, scores=None, longest=None):
+    scores = scores or [0.0] * len(pieces)
+    longest = max(map(len, pieces)) if longest is None else longest
+    out = [struct.pack("<i", longest)]
+    for piece, score in zip(pieces, scores):
+        out += [struct.pack("<fI", score, len(piece)), piece]
+    return b"".join(out)
+
+
+SPECIAL = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]
+BYTES = [b"<0x%02X>" % i for i in range(256)]
+LETTERS = [c.encode() for c in " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"]
+
+
+def tokenizer_of(vocab_size):
+    """A tokenizer with byte pieces, single letters and nothing to merge."""
+    pieces = (SPECIAL + BYTES + LETTERS)[:vocab_size]
+    return tokenizer_bytes(pieces + [b"filler%d" % i for i in range(vocab_size - len(pieces))])
+
+
+def export_sentencepiece(model, path):
+    pieces, scores = [], []
+    for i in range(model.vocab_size()):
+        special = {model.bos_id(): "\n<s>\n", model.eos_id(): "\n</s>\n"}
+        pieces.append(special.get(i, model.id_to_piece(i)).replace("\u2581", " ").encode())
+        scores.append(model.get_score(i))
+    path.write_bytes(tokenizer_bytes(pieces, scores))
+
+
+@pytest.fixture(scope="session")
+def sentencepieces(tmp_path_factory):
+    """{name: (sentencepiece model, its .bin)}: two trained here, and the real ones where they are."""
+    out = tmp_path_factory.mktemp("sp")
+    rng = random.Random(0)
+    words = ("Once upon a time there was little girl named Lily who loved to play in the park caf\u00e9 na\u00efve "
+             "\U0001f600 <s> I'll don't ball, ball. 12 2024 the the and and").split()
+    text = [(" " * rng.choice([1, 1, 1, 2, 4])).join(rng.choices(words, k=12)) for _ in range(2000)]
+    models = {}
+    for name, fallback in [("bytes", True), ("no_bytes", False)]:
+        proto = io.BytesIO()
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_writer=proto, vocab_size=420 if fallback else 160,
+            model_type="bpe", byte_fallback=fallback, split_digits=True, character_coverage=1.0,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+            num_threads=1, minloglevel=2)
+        models[name] = spm.SentencePieceProcessor(model_proto=proto.getvalue())
+    for name, path in [("tok512", STORIES / "tok512.model"), ("llama2", DATA / "llama2" / "tokenizer.model")]:
+        if path.is_file():
+            models[name] = spm.SentencePieceProcessor(model_file=str(path))
+    for name, model in models.items():
+        export_sentencepiece(model, out / f"{name}.bin")
+    return {name: (model, out / f"{name}.bin") for name, model in models.items()}
+
+
+def harness_ids(builds, tokenizer, texts):
+    stdin = b"".join(b"e" + struct.pack("<I", len(t)) + t for t in texts)
+    return [list(map(int, line.split())) for line in run_ok(builds.harness, tokenizer, stdin=stdin).splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Logits
+
+def logits_of(binary, path, tokenizer, text="hello KIM"):
+    ids = list(map(int, run_ok(binary, path, "-z", tokenizer, "-i", text, "--tokens").split()))
+    out = run_ok(binary, path, "-z", tokenizer, "-i", text, "--logits")
+    return ids, np.array([list(map(float, line.split())) for line in out.splitlines()])
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tok300.bin"
+    path.write_bytes(tokenizer_of(300))
+    return path
+
+
+@pytest.mark.parametrize("version,shape", [
+    (0, Shape()),
+    (0, Shape(tied=False)),
+    (0, Shape(dim=36, n_heads=2, n_kv_heads=1, hidden_dim=50)),                      # head size 18, ragged sums
+    (0, Shape(dim=64, n_heads=8, n_kv_heads=8, hidden_dim=33, n_layers=1)),
+    (1, Shape()),
+    (1, Shape(tied=False, n_kv_heads=4)),
+    (1, Shape(rope_theta=500.0, norm_eps=0.25, n_kv_heads=1)),
+])
+def test_logits_fp32(builds, tmp_path, tokenizer, version, shape):
+    w = random_weights(shape)
+    path = tmp_path / "model.bin"
+    path.write_bytes(model_bytes(shape, w, version))
+    ids, logits = logits_of(builds.checked, path, tokenizer)
+    assert len(ids) > 8 and ids[0] == BOS
+    np.testing.assert_allclose(logits, reference_logits(shape, w, ids), atol=1e-4, rtol=0)
+    assert np.array_equal(logits_of(builds.fast, path, tokenizer)[1], logits)  # bit for bit in both builds
+
+
+@pytest.mark.parametrize("group,shape", [
+    (16, Shape()),
+    (16, Shape(tied=False, n_kv_heads=1)),
+    (2, Shape(dim=6, n_heads=1, n_kv_heads=1, hidden_dim=2, vocab_size=301)),        # scales that lie unaligned
+    (32, Shape(dim=64, hidden_dim=96, rope_theta=300.0, norm_eps=0.1)),
+])
+def test_logits_int8(builds, tmp_path, group, shape):
+    w = random_weights(shape)
+    path, tokenizer = tmp_path / "model.bin", tmp_path / "tok.bin"
+    path.write_bytes(model_bytes(shape, w, 2, group))
+    tokenizer.write_bytes(tokenizer_of(shape.vocab_size))
+    ids, logits = logits_of(builds.checked, path, tokenizer)
+    expected = reference_logits(shape, w, ids, group)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    assert np.abs(expected - reference_logits(shape, w, ids)).max() > 1e-3  # it is not the fp32 model
+
+
+def test_int8_with_empty_groups(builds, tmp_path, tokenizer):
+    """Groups of zeros, or too small to have a scale, divide nothing by zero."""
+    s = Shape()
+    path = tmp_path / "model.bin"
+    for value in (0, 1e-38, 1e-43):
+        w = {k: v * np.float32(value) if k in ("wv", "w1") else v for k, v in random_weights(s).items()}
+        path.write_bytes(model_bytes(s, w, 2, 16))
+        ids, logits = logits_of(builds.checked, path, tokenizer)
+        w = {k: v * np.float32(0) if k in ("wv", "w1") else v for k, v in w.items()}
+        np.testing.assert_allclose(logits, reference_logits(s, w, ids, 16), atol=1e-4, rtol=0)
+
+
+@needs_stories
+def test_logits_of_stories260k(builds):
+    raw = (STORIES / "stories260K.bin").read_bytes()
+    s = Shape(*struct.unpack("<7i", raw[:28]))
+    w = random_weights(s)
+    at = 28
+    for name in V0_ORDER:
+        w[name] = np.frombuffer(raw, np.float32, w[name].size, at).reshape(w[name].shape)
+        at += w[name].nbytes
+    w["cls"] = w["emb"]
+    ids, logits = logits_of(builds.fast, STORIES / "stories260K.bin", STORIES / "tok512.bin", "Lily saw 2 birds")
+    np.testing.assert_allclose(logits, reference_logits(s, w, ids), atol=1e-4, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Text
+
+LILY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she "
+        "saw a big, red ball. She wanted to play with it, but it was too high.\n")
+SEEDED = {  # what llama2.c's run says
+    1: 'Once upon a time, there was a little boy named Tim. Tim loved to show his f'
+       "riends her a big, shiny blue bug. One day, Tim's mom was making his favorit",
+    4242: 'One day, a modest boy named Tim went to the park. He saw a big, soft pile o'
+       'f pile. He did not want to share his pie. Sue said, "Yes, you can do it."\nT',
+}
+
+
+@needs_stories
+def test_greedy_story(builds):
+    args = [STORIES / "stories260K.bin", "-z", STORIES / "tok512.bin", "-t", 0]
+    r = run(builds.fast, *args, "-n", 0)
+    story = r.stdout.decode()
+    assert story.startswith(LILY)
+    assert story.endswith('"Thank you, Lily! You are a good friend."\n')  # ends by itself, below 512 tokens
+    assert r.stderr.startswith(b"achieved tok/s: ") and r.stderr.count(b"\n") == 1
+    assert story.startswith(run_ok(builds.checked, *args).decode()[:-1])  # 256 steps, a shorter cache
+    assert run_ok(builds.fast, *args, "-n", 0, "-i", LILY[:40]).decode() == story
+
+
+@needs_stories
+@pytest.mark.parametrize("seed", SEEDED)
+def test_seeded_story_equals_llama2c(builds, seed):
+    out = run_ok(builds.fast, STORIES / "stories260K.bin", "-z", STORIES / "tok512.bin", "-s", seed, "-n", 0)
+    assert out.decode().startswith(SEEDED[seed])
+
+
+def markov_model(path, successors, vocab_size=300, seq_len=64):
+    """A model whose most likely token after t is successors[t], else </s>. Embeddings are one-hot."""
+    s = Shape(dim=vocab_size, hidden_dim=2, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=vocab_size,
+              seq_len=seq_len, tied=False)
+    w = {k: np.zeros_like(v) for k, v in random_weights(s).items()}
+    w["emb"] = np.eye(vocab_size, dtype=np.float32)
+    w["rms_final"][:] = 1
+    for t in range(vocab_size):
+        w["cls"][successors.get(t, EOS), t] = 1
+    path.write_bytes(model_bytes(s, w))
+    return path
+
+
+def chain(ids):
+    return dict(zip(ids, ids[1:]))
+
+
+def test_byte_tokens_come_out_whole(builds, tmp_path, tokenizer):
+    text = "\u00e9\U0001f600".encode() + b"\x1b\x00\x7f\t"  # escape, NUL and delete stay inside
+    model = markov_model(tmp_path / "m.bin", chain([BOS, *(3 + b for b in text), EOS]))
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-t", 0) == "\u00e9\U0001f600\t\n".encode()
+
+
+def test_leading_space_and_end_tokens(builds, tmp_path, tokenizer):
+    space, a = 259, 260
+    model = markov_model(tmp_path / "m.bin", {BOS: space, space: a, a: EOS})
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-t", 0) == b"a\n"  # stripped after BOS only
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-t", 0, "-i", "a ") == b"a a\n"
+    model = markov_model(tmp_path / "m.bin", {BOS: a, a: BOS})
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-t", 0) == b"a\n"
+    model = markov_model(tmp_path / "m.bin", {BOS: a, a: a})
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-t", 0, "-n", 5) == b"aaaaa\n"
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-t", 0, "-n", 0) == b"a" * 64 + b"\n"
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-t", 0, "-n", 3, "-i", "bcdefgh") == b"bc\n"
+
+
+def test_prompt_from_stdin_may_hold_anything(builds, tmp_path, tokenizer, sentencepieces):
+    model = markov_model(tmp_path / "m.bin", {})
+    sp, path = sentencepieces["bytes"]
+    for text in [b"a\x00b", b"", b"\xff\xfe a", b"line\nline\n"]:
+        out = run_ok(builds.checked, model, "-z", path, "--tokens", "-i", "-", stdin=text + b"\n")
+        assert list(map(int, out.split())) == [BOS, *sp.encode(text)]
+
+
+def test_wrong_tokenizer_is_a_warning(builds, tmp_path):
+    model = markov_model(tmp_path / "m.bin", chain([BOS, 260, 299, 261, EOS]))
+    small, large = tmp_path / "small.bin", tmp_path / "large.bin"
+    small.write_bytes(tokenizer_of(290))
+    large.write_bytes(tokenizer_of(512))
+    for path, size in [(small, 290), (large, 512)]:
+        r = run(builds.checked, model, "-z", path, "-t", 0, "-i", "a")
+        assert r.returncode == 0 and r.stdout[:1] == b"a"
+        for word in [str(path), str(size), "300", "-z data/tok300.bin"]:
+            assert word in r.stderr.decode().splitlines()[0]
+    r = run(builds.checked, model, "-z", small, "-t", 0)
+    assert r.stdout == b"ab\n"  # 299 has no piece there: it prints nothing
+
+
+def test_default_tokenizer(builds, tmp_path):
+    model = markov_model(tmp_path / "m.bin", chain([BOS, 260, EOS]))
+    assert_error(run(builds.checked, model, cwd=tmp_path), "tokenizer.bin", "-z", "python tokenizer.py")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tokenizer.bin").write_bytes(tokenizer_of(300))
+    assert run_ok(builds.checked, model, "-t", 0, cwd=tmp_path) == b"a\n"
+    (tmp_path / "tokenizer.bin").write_bytes(tokenizer_of(300).replace(b"\1\0\0\0a", b"\1\0\0\0Z"))
+    assert run_ok(builds.checked, model, "-t", 0, cwd=tmp_path) == b"Z\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tokens
+
+def fuzzed_texts(n, seed=0):
+    rng = random.Random(seed)
+    parts = ["the", "Once upon a time", " ", "  ", "\t", "\n", "\u2581", "\u2581\u2581", "0", "2024", "\U0001f600",
+             "\U0001f468\u200d\U0001f469", "\u00e9", "e\u0301", "\u4e2d\u6587", "<s>", "</s>", "<unk>", "<0x41>",
+             "\n<s>\n", "\x00", "\x1b", "\x7f", "\ufeff", "\ufffd", "\uffff", "I'll", "ball."]
+    broken = [b"\xff", b"\xc0\x80", b"\xe2\x96", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\xf4\x90\x80\x80", b"\x80",
+              b"\xf8\x88\x80\x80\x80", b"\xe0\x80\x80", b"\xc3"]
+    alphabet = [p.encode() for p in parts] + broken + [bytes([b]) for b in range(256)]
+    texts = [b"", *alphabet]
+    for _ in range(n):
+        kind = rng.random()
+        pool = alphabet[:28] if kind < 0.5 else alphabet if kind < 0.8 else [b"t", b"h", b"e", b" ", b"l"]
+        texts.append(b"".join(rng.choices(pool, k=rng.randrange(1, 30))))
+    return texts
+
+
+def test_ids_equal_sentencepiece(builds, sentencepieces):
+    texts = fuzzed_texts(1500)
+    for name, (sp, path) in sentencepieces.items():
+        for text, ids in zip(texts, harness_ids(builds, path, texts), strict=True):
+            assert ids == [BOS, *sp.encode(text)], (name, text)
+
+
+def test_long_prompts_take_no_time(builds, tmp_path, sentencepieces):
+    sp, path = sentencepieces.get("llama2", sentencepieces["bytes"])
+    model = markov_model(tmp_path / "m.bin", {})
+    for text in [b" ".join(fuzzed_texts(9000, seed=1))[:100_000], b"a" * 100_000, b" " * 100_000]:
+        start = time.perf_counter()
+        out = run_ok(builds.fast, model, "-z", path, "--tokens", "-i", "-", stdin=text + b"\n")
+        seconds = time.perf_counter() - start
+        assert list(map(int, out.split())) == [BOS, *sp.encode(text)]
+        assert seconds < 1, "tokenizing should take 50 ms, start-up included; quadratic code takes minutes"
+
+
+def test_tokenizer_without_bytes(builds, tmp_path):
+    """Unknown characters become <unk>, a run of them one <unk>."""
+    path, model = tmp_path / "t.bin", markov_model(tmp_path / "m.bin", {}, vocab_size=8)
+    path.write_bytes(tokenizer_bytes([*SPECIAL, b" ", b"a", b"b"]))
+    out = run_ok(builds.checked, model, "-z", path, "--tokens", "-i", "a\u00e9\U0001f600\u00e9b\u00ff")
+    assert out == b"1 3 4 0 5 0\n"
+    assert run(builds.checked, model, "-z", path, "-i", "\u00e9").returncode == 0
+
+
+def test_special_pieces_do_not_match_text(builds, tmp_path):
+    """Though all that is needed to merge up to them is in the vocabulary."""
+    text = [b"<", b"s", b">", b"\n", b"<s", b"<s>", b"\n<s", b">\n", b"0", b"x", b"4", b"1", b"<0", b"x4", b"<0x4",
+            b"1>", b"u", b"n", b"k", b"un", b"k>", b"<un", b" "]
+    pieces = [*SPECIAL, *BYTES, *text]
+    path = tmp_path / "t.bin"
+    path.write_bytes(tokenizer_bytes(pieces, [0.0] * 259 + [-10.0 + len(p) for p in text]))
+    prompts = [b"<s>", b"\n<s>\n", b"<0x41>", b"<unk>"]
+    expected = [[b"<s>"], [b"\n<s", b">\n"], [b"<0x4", b"1>"], [b"<un", b"k>"]]
+    for ids, words in zip(harness_ids(builds, path, prompts), expected, strict=True):
+        assert [pieces[i] for i in ids] == [b"\n<s>\n", b" ", *words]
+
+
+@pytest.mark.parametrize("longest", [0, -1, INT_MAX, INT_MIN])
+def test_max_token_length_is_not_trusted(builds, tmp_path, longest):
+    path, model = tmp_path / "t.bin", markov_model(tmp_path / "m.bin", {})
+    pieces = [*SPECIAL, *BYTES, b" ", b"a", b"aa", b"aaaa"]
+    path.write_bytes(tokenizer_bytes(pieces, longest=longest))
+    out = run_ok(builds.checked, model, "-z", path, "--tokens", "-i", "aaaaaaa")
+    assert out == b"1 259 262 261 260\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sampling
+
+class XorShift:
+    def __init__(self, seed):
+        self.state = seed
+
+    def uniform(self):
+        x = self.state
+        x ^= x >> 12
+        x = (x ^ x << 25) & (2**64 - 1)
+        x ^= x >> 27
+        self.state = x
+        return np.float32(((x * 0x2545F4914F6CDD1D & (2**64 - 1)) >> 32 >> 8) / 2**24)
+
+
+def reference_sample(logits, temperature, topp, rng, expf):
+    if temperature == 0:
+        return int(np.argmax(logits))
+    x = (logits / np.float32(temperature)).astype(np.float32)
+    p = np.array([expf(float(v)) for v in x - x.max()], np.float32)
+    p = p / np.cumsum(p, dtype=np.float32)[-1]
+    coin = rng.uniform()
+    order = np.arange(len(p))
+    if 0 < topp < 1:
+        topp = np.float32(topp)
+        order = order[p >= (np.float32(1) - topp) / np.float32(len(p) - 1)]
+        order = order[np.lexsort((order, -p[order]))]
+        if len(order) == 0:
+            return int(np.argmax(p))
+        above = np.cumsum(p[order], dtype=np.float32) > topp
+        order = order[: int(np.argmax(above)) + 1] if above.any() else order
+        coin = coin * np.cumsum(p[order], dtype=np.float32)[-1]
+    below = coin < np.cumsum(p[order], dtype=np.float32)
+    return int(order[int(np.argmax(below))] if below.any() else order[-1])
+
+
+def test_sampler_equals_python(builds):
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    libm.expf.restype, libm.expf.argtypes = ctypes.c_float, [ctypes.c_float]
+    rng = np.random.default_rng(0)
+    kinds = {"peaked": 4 * rng.standard_normal(200), "flat": np.zeros(200), "ties": np.repeat([1.0, 3.0, 2.0], 30),
+             "two": np.array([0.5, 0.25]), "one": np.array([1.0])}
+    cases = [(logits.astype(np.float32), temperature, topp, seed)
+             for logits in kinds.values() for temperature in (0, 0.5, 1, 1.7)
+             for topp in (0, 0.001, 0.1, 0.5, 0.9, 0.999, 1) for seed in (1, 2**63 + 12345)]
+    cases = [c for c in cases if len(c[0]) > 1 or not 0 < c[2] < 1]  # the reference divides by n - 1
+    stdin = b""
+    for logits, temperature, topp, seed in cases:
+        body = struct.pack("<ffQI", temperature, topp, seed, 20) + logits.tobytes()
+        stdin += b"s" + struct.pack("<I", len(body)) + body
+    lines = run_ok(builds.harness, stdin=stdin).splitlines()
+    for (logits, temperature, topp, seed), line in zip(cases, lines, strict=True):
+        coins = XorShift(seed)
+        expected = [reference_sample(logits, temperature, topp, coins, libm.expf) for _ in range(20)]
+        assert list(map(int, line.split())) == expected, (len(logits), temperature, topp, seed)
+
+
+def test_seed_is_64_bits(builds, tmp_path, tokenizer):
+    s = Shape()
+    model = tmp_path / "m.bin"
+    model.write_bytes(model_bytes(s, random_weights(s)))
+    texts = {seed: run_ok(builds.checked, model, "-z", tokenizer, "-s", seed, "--top-p=1")
+             for seed in (1, 2**32, 2**32 + 1, 2**64 - 1)}
+    assert len(set(texts.values())) == 4
+    assert texts[1] == run_ok(builds.checked, model, "-z", tokenizer, "--seed=1", "--top-p", "1")
+
+
+@pytest.mark.parametrize("args", [["-t", "1e-45"], ["-t", "1e-38"], ["-t", "3e38"], ["-t", "1e-50"],
+                                  ["-p", "1e-45"], ["-p", "0"], ["-p", "1"], ["-p", "0.99999997"]])
+def test_extreme_sampling_values(builds, tmp_path, tokenizer, args):
+    s = Shape()
+    model = tmp_path / "m.bin"
+    model.write_bytes(model_bytes(s, random_weights(s)))
+    out = run_ok(builds.checked, model, "-z", tokenizer, "-s", 1, *args)
+    if args in (["-t", "1e-45"], ["-t", "1e-50"]):
+        assert out == run_ok(builds.checked, model, "-z", tokenizer, "-t", 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Robustness: one clear line, exit code 1, nothing on stdout; on the sanitizer build
+
+FIELDS = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len"]
+
+
+def poke(data, offset, fmt, value):
+    packed = struct.pack(fmt, value)
+    return data[:offset] + packed + data[offset + len(packed):]
+
+
+def broken_models():
+    """{name: (bytes, words that the error must have)}"""
+    s = Shape()
+    w = random_weights(s)
+    v0, v1, v2 = model_bytes(s, w), model_bytes(s, w, 1), model_bytes(s, w, 2, 16)
+    cases = {"empty": (b"", ["empty"])}
+    for name, data, header in [("v0", v0, 28), ("v1", v1, 256), ("v2", v2, 256)]:
+        for n in [1, 4, 27, header - 1, header, header + 1, 100, len(data) // 2, len(data) - 4, len(data) - 1]:
+            cases[f"{name} cut to {n}"] = (data[:n], [])
+        cases[f"{name} cut in half"] = (data[:len(data) // 2], ["truncated", len(data)])
+        for n in [1, 4, 4096]:
+            cases[f"{name} with {n} more"] = (data + b"\0" * n, ["damaged", "only", len(data)])
+        first = 0 if name == "v0" else 8
+        for i, field in enumerate(FIELDS):
+            for value in [0, -1, 1, 7, 65536, 2**24, INT_MAX, INT_MIN]:
+                if field == "seq_len" and name != "v0" and value in (1, 7, 65536, 2**24):
+                    continue  # a fine context length: nothing in these files depends on it
+                cases[f"{name} {field}={value}"] = (poke(data, first + 4 * i, "<i", value), [])
+    cases["zero dim is named"] = (poke(v1, 8, "<i", 0), ["dim", "0"])
+    cases["all ones"] = (b"\xff" * 4096, ["dim"])
+    cases["all zero"] = (b"\0" * 4096, ["dim"])
+    cases["sizes that overflow 64 bits"] = (
+        struct.pack("<Ii7iBi", 0x616B3432, 2, 2**24, 2**24, 2**14, 2**20, 2**20, 2**24, 2**24, 0, 2**16)
+        .ljust(4096, b"\0"), ["larger than memory"])
+    for name, change, words in [("kv heads above heads", dict(n_kv_heads=8), ["key/value"]),
+                                ("kv heads do not divide", dict(n_kv_heads=3), ["key/value"]),
+                                ("heads do not divide", dict(n_heads=3, n_kv_heads=3), ["divide"]),
+                                ("odd head size", dict(n_heads=32, n_kv_heads=32), ["odd"])]:
+        cases[name] = (dataclasses.replace(s, **change).ints() + v0[28:], words)
+    for name, group in [("0", 0), ("-4", -4), ("3", 3), ("32, not a divisor of 48", 32), ("huge", INT_MAX)]:
+        cases[f"int8 group {name}"] = (poke(v2, 37, "<i", group), ["group", group])
+    for name, value in [("nan", np.nan), ("inf", np.inf), ("negative", -1.0)]:
+        cases[f"rope_theta {name}"] = (poke(v1, 48, "<f", value), ["rope_theta"])
+        cases[f"norm_eps {name}"] = (poke(v2, 52, "<f", value), ["norm_eps"])
+    cases["version 3"] = (poke(v1, 4, "<i", 3), ["version 3"])
+    cases["version 0 with magic"] = (poke(v1, 4, "<i", 0), ["version 0"])
+    cases["shared byte"] = (poke(v1, 36, "<B", 9), ["shared"])
+    cases["text"] = (b"Once upon a time, there was a file that was not a model.\n" * 99, ["text"])
+    cases["short text"] = (b"hi\n", ["text"])
+    cases["zip checkpoint"] = (b"PK\x03\x04" + b"\0" * 999, ["PyTorch", "python export.py", "--checkpoint"])
+    cases["pickle"] = (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + b"\0" * 999, ["PyTorch", "export.py"])
+    cases["gguf"] = (b"GGUF\3\0\0\0" + b"\0" * 999, ["GGUF"])
+    cases["safetensors"] = (struct.pack("<Q", 200) + b'{"__metadata__":{}}'.ljust(999), ["safetensors"])
+    for kind, value in [("NaN", np.nan), ("infinite", np.inf)]:
+        for where in ["emb", "rms_att", "wq", "w2", "rms_final"]:
+            damaged = dict(w, **{where: w[where].copy()})
+            damaged[where].reshape(-1)[:] = value
+            damaged["cls"] = damaged["emb"]
+            cases[f"{kind} {where}"] = (model_bytes(s, damaged), ["damaged"])
+            if where.startswith("rms"):
+                cases[f"{kind} {where} int8"] = (model_bytes(s, damaged, 2, 16), ["damaged"])
+    return cases
+
+
+BROKEN_MODELS = broken_models()
+
+
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_broken_model(builds, tmp_path, tokenizer, name):
+    data, words = BROKEN_MODELS[name]
+    path = tmp_path / "broken.bin"
+    path.write_bytes(data)
+    assert_error(run(builds.checked, path, "-z", tokenizer, "-i", "hello", "-n", 8), path, *words)
+
+
+def broken_tokenizers():
+    good = tokenizer_of(300)
+    entry = struct.pack("<fI", 0.0, 1) + b"a"
+    return {
+        "empty": b"", "only a length": good[:4], "two bytes": good[:2],
+        "cut inside a piece": good[:-1], "cut inside a header": good + b"\0\0\0", "half": good[: len(good) // 2],
+        "length negative": good[:4] + struct.pack("<fi", 0.0, -1) + good[12:],
+        "length huge": good[:4] + struct.pack("<fi", 0.0, INT_MAX) + good[12:],
+        "length beyond the end": good + struct.pack("<fI", 0.0, 2) + b"a",
+        "score is NaN": good + struct.pack("<fI", np.nan, 1) + b"a" + entry,
+        "text": b"this is not a tokenizer, but a text of some length\n" * 9,
+        "sentencepiece model": b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\n\n\x03<s>",
+    }
+
+
+@pytest.mark.parametrize("name", broken_tokenizers())
+def test_broken_tokenizer(builds, tmp_path, name):
+    path, model = tmp_path / "broken.bin", markov_model(tmp_path / "m.bin", {})
+    path.write_bytes(broken_tokenizers()[name])
+    words = ["python tokenizer.py", "--tokenizer-model"] if name == "sentencepiece model" else []
+    assert_error(run(builds.checked, model, "-z", path, "-i", "hello"), path, *words)
+
+
+def test_prompt_beyond_the_vocabulary(builds, tmp_path):
+    """llama2.c reads an embedding row that is not there."""
+    path, model = tmp_path / "t.bin", markov_model(tmp_path / "m.bin", {}, vocab_size=100)
+    path.write_bytes(tokenizer_of(300))
+    r = run(builds.checked, model, "-z", path, "-i", "hello")
+    assert (r.returncode, r.stdout) == (1, b"")
+    warning, error = r.stderr.decode().splitlines()
+    assert "warning" in warning and "-z data/tok100.bin" in warning
+    assert str(path) in error and "100" in error
+
+
+@pytest.mark.parametrize("mode", ["generate", "chat"])
+def test_prompt_longer_than_the_context(builds, tmp_path, tokenizer, mode):
+    model = markov_model(tmp_path / "m.bin", {}, seq_len=16)
+    r = run(builds.checked, model, "-z", tokenizer, "-m", mode, "-y", "", "-i", "a" * 40)
+    assert_error(r, model, "16")
+
+
+@pytest.mark.parametrize("args,flag", [
+    *[(["-t", v], "-t") for v in ["nan", "inf", "-1", "abc", "", "1x", " 1", "1e39"]],
+    *[(["-p", v], "-p") for v in ["nan", "2", "-0.1", "", "x", "1.0000001"]],
+    *[(["-n", v], "-n") for v in ["abc", "-1", "1.5", "", "99999999999", "0x10", " 7", "+7"]],
+    *[(["-s", v], "-s") for v in ["abc", "-1", "18446744073709551616", "1.0", ""]],
+    (["--temperature=nan"], "--temperature"), (["--top-p", "7"], "--top-p"), (["--steps="], "--steps"),
+    (["-m", "talk"], "-m"), (["-m", ""], "-m"), (["-t"], "-t"), (["--prompt"], "--prompt"), (["-q", "1"], "-q"),
+    (["--temp", "1"], "--temp"), (["--temperatures=1"], "--temperatures=1"), (["-"], "-"), (["--"], "--"),
+    (["-T"], "-T"), (["--tokens=1"], "--tokens=1"), (["other.bin"], "other.bin"), (["-tt", "1"], "-tt"),
+    (["-z", "no/such.bin"], "no/such.bin"), (["-z", "/"], "/"), (["-z", "/dev/zero"], "/dev/zero"),
+    (["--evil\n\x1b[2J"], "--evil??[2J"),
+])
+def test_bad_flags(builds, tmp_path, tokenizer, args, flag):
+    model = markov_model(tmp_path / "m.bin", {})
+    assert_error(run(builds.checked, model, "-z", tokenizer, *args), flag)
+
+
+@pytest.mark.parametrize("path", ["no/such/model.bin", "/", "/dev/zero", "/dev/null", ""])
+def test_not_a_file(builds, path):
+    assert_error(run(builds.checked, path), path)
+
+
+def test_no_arguments_and_help(builds):
+    assert_error(run(builds.checked), "", "no model", "usage")
+    for flag in ["-h", "--help"]:
+        r = run(builds.checked, flag)
+        assert (r.returncode, r.stderr) == (0, b"")
+        for word in [b"--temperature", b"--tokenizer", b"--logits", b"debugging"]:
+            assert word in r.stdout
+
+
+def test_prompt_of_any_length_from_a_pipe(builds, tmp_path, tokenizer):
+    model = markov_model(tmp_path / "m.bin", {}, seq_len=64)
+    r = run(builds.checked, model, "-z", tokenizer, "-i", "-", stdin=b"ab" * 500_000)
+    assert_error(r, model, "1000002 tokens")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+@pytest.mark.parametrize("extra", [[], ["--help"], ["--logits"], ["--tokens"], ["-m", "chat"]])
+def test_full_device(builds, tmp_path, tokenizer, extra):
+    model = markov_model(tmp_path / "m.bin", {BOS: 260, 260: 260})
+    with open("/dev/full", "wb") as full:
+        r = subprocess.run([builds.checked, model, "-z", tokenizer, "-t", "0", *extra], stdout=full, env=ENV,
+                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+    assert r.returncode == 1
+    assert b"run: stdout: cannot write" in r.stderr and r.stderr.count(b"\n") == 1
+
+
+def test_closed_stdout(builds, tmp_path, tokenizer):
+    model = markov_model(tmp_path / "m.bin", {BOS: 260, 260: 260})
+    command = [str(builds.checked), str(model), "-z", str(tokenizer), "-t", "0"]
+    r = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], env=ENV, stderr=subprocess.PIPE, timeout=60)
+    assert (r.returncode, r.stderr.count(b"\n")) == (1, 1)
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        r = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=ENV, timeout=60)
+    finally:
+        os.close(writer)
+    assert r.returncode == 1 and b"run: stdout" in r.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Chat
+
+def chat_model(tmp_path, seq_len=3000):
+    """Answers every turn, which ends in "]", with "ok"."""
+    close, o, k = 3 + ord("]"), 259 + LETTERS.index(b"o"), 259 + LETTERS.index(b"k")
+    return markov_model(tmp_path / "m.bin", chain([close, o, k, EOS]), seq_len=seq_len)
+
+
+def test_chat_turns(builds, tmp_path, tokenizer):
+    model = chat_model(tmp_path)
+    args = [builds.checked, model, "-z", tokenizer, "-t", 0, "-n", 0, "-m", "chat"]
+    ask = b"Enter system prompt (optional): "
+    assert run_ok(*args) == ask + b"User: \n"  # the end of input ends the chat
+    assert run_ok(*args, stdin=b"be kind\nhi\nyou?\n") == (
+        ask + b"User: Assistant: ok\nUser: Assistant: ok\nUser: \n")
+    assert run_ok(*args, "-y", "", "-i", "hi", stdin=b"") == b"Assistant: ok\nUser: \n"
+    assert run_ok(*args, "-y", "", stdin=b"no newline") == b"User: Assistant: ok\nUser: \n"
+    assert run_ok(*args, "-y", "s", "-i", "-", stdin=b"hi\n") == b"User: Assistant: ok\nUser: \n"
+
+
+def test_chat_template_reaches_the_model(builds, tmp_path, tokenizer, sentencepieces):
+    """The ids of a turn, seen through how many fit: a context of exactly that many tokens leaves no room."""
+    turn = b"[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhi [/INST]"
+    [ids] = harness_ids(builds, tokenizer, [turn])
+    for room, words in [(len(ids) - 1, ["-n", "first prompt", len(ids)]), (len(ids), None)]:
+        r = run(builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-n", room, "-m", "chat",
+                "-y", "be kind", "-i", "hi")
+        if words:
+            assert_error(r, *words)
+        else:
+            assert r.returncode == 0 and r.stdout == b"Assistant: o\n" and b"context" in r.stderr
+
+
+def test_chat_with_long_prompts(builds, tmp_path, tokenizer):
+    model = chat_model(tmp_path)
+    args = [builds.checked, model, "-z", tokenizer, "-t", 0, "-n", 0, "-m", "chat"]
+    assert run_ok(*args, "-y", "s" * 600, "-i", "u" * 600) == b"Assistant: ok\nUser: \n"
+    assert run_ok(*args, stdin=b"s" * 600 + b"\n" + b"u" * 600 + b"\n").endswith(b"ok\nUser: \n")
+    for long in [["-y", "s" * 100_000], ["-i", "u" * 100_000]]:
+        assert_error(run(*args, "-y", "", "-i", "", *long), model, "3000")
+
+
+def test_chat_stops_when_the_context_is_full(builds, tmp_path, tokenizer):
+    r = run(builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-n", 100, "-m", "chat",
+            "-y", "", stdin=b"hi\n" * 50)
+    assert r.returncode == 0
+    assert r.stdout.count(b"Assistant: ok\n") > 2
+    assert b"the context of 100 tokens is full" in r.stderr and r.stderr.count(b"\n") == 1
+
+
+def test_chat_closes_every_answer(builds, tmp_path, tokenizer):
+    """Two turns take their prompts, two answers of two tokens and the </s> between them: no room is left."""
+    [ids] = harness_ids(builds, tokenizer, [b"[INST] hi [/INST]"])
+    args = [builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "", "-i", "hi"]
+    for room, out in [(2 * len(ids) + 3, b"ok\nUser: Assistant: o\n"), (2 * len(ids) + 2, b"ok\nUser: ")]:
+        r = run(*args, "-n", room, stdin=b"hi\n")
+        assert (r.returncode, r.stdout) == (0, b"Assistant: " + out) and b"is full" in r.stderr
+
+
+@needs_stories
+def test_chat_keeps_its_state(builds):
+    """The second answer depends on the first turn."""
+    args = [builds.fast, STORIES / "stories260K.bin", "-z", STORIES / "tok512.bin", "-t", 0, "-n", 0, "-m", "chat",
+            "-y", ""]
+    answers = [run_ok(*args, stdin=first + b"\nTell me about the dog.\n").split(b"User: ")
+               for first in (b"Hello", b"The cat is big")]
+    assert len(answers[0]) > 1 and answers[0] != answers[1]

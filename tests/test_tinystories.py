@@ -1,0 +1,881 @@
+"""tinystories.py: downloads from a hostile local server, every import format, shards, tokens and batches.
+
+References are independent: sentencepiece called story by story, json.load, and batches by brute force.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tinystories as ts  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def stories(count=300, seed=1):
+    return [ts.synth_story(random.Random(f"{seed}:{i}")) for i in range(count)]
+
+
+def run(*args, cwd=None, check=False):
+    done = subprocess.run([sys.executable, str(ROOT / "tinystories.py"), *map(str, args)], cwd=cwd,
+                          capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def refuses(message, function, *args, **kwargs):
+    """The call ends in one line that holds `message`."""
+    with pytest.raises(SystemExit) as e:
+        function(*args, **kwargs)
+    assert message in str(e.value) and "\n" not in str(e.value), str(e.value)
+
+
+# ---- fetch -------------------------------------------------------------------------------------------
+
+DATA = random.Random(0).randbytes(300_000)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves server.data; server.faults is a list of what to do wrong, one per request."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        s = self.server
+        s.requests.append(dict(self.headers))
+        fault = s.faults.pop(0) if s.faults else ""
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data, start, name = s.data, 0, self.headers.get("Range", "")
+        if name and s.ranges and self.headers.get("If-Range") == s.etag:
+            start = int(name.removeprefix("bytes=").removesuffix("-"))
+        if fault == "wrong range":
+            start -= 1
+        if start >= len(data):
+            self.send_response(416)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        if s.etag:
+            self.send_header("ETag", s.etag)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(data[start:start + 100_000] if fault else data[start:])
+            self.wfile.flush()
+            if fault == "stall":
+                s.release.wait(20)
+        if fault:
+            self.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(ts, "BACKOFF", 0.01)
+    monkeypatch.setattr(ts, "TIMEOUT", (2, 0.4))
+    s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    s.data, s.faults, s.requests, s.ranges, s.etag, s.release = DATA, [], [], True, '"v1"', threading.Event()
+    s.url = f"http://127.0.0.1:{s.server_port}/x.bin"
+    thread = threading.Thread(target=s.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield s
+    s.release.set()
+    s.shutdown()
+    thread.join()
+    s.server_close()
+
+
+def fetched(server, path, **kwargs):
+    ts.fetch(server.url, str(path), **kwargs)
+    assert path.read_bytes() == server.data
+    assert os.listdir(path.parent) == [path.name]
+    return [request.get("Range") for request in server.requests]
+
+
+def test_fetch(server, tmp_path):
+    assert fetched(server, tmp_path / "f", sha256=hashlib.sha256(DATA).hexdigest()) == [None]
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall"])
+def test_fetch_resumes(server, tmp_path, fault, capsys):
+    server.faults = [fault, fault]
+    assert fetched(server, tmp_path / "f") == [None, "bytes=100000-", "bytes=200000-"]
+    assert "trying again" in capsys.readouterr().err
+
+
+def test_fetch_resumes_in_another_run(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ts, "TRIES", 1)
+    server.faults = ["cut"]
+    refuses("tinystories.py synth (or import FILE)", ts.fetch, server.url, str(tmp_path / "f"))
+    assert sorted(os.listdir(tmp_path)) == ["f.part", "f.part.json"]
+    assert fetched(server, tmp_path / "f")[-1] == "bytes=100000-"
+
+
+def test_fetch_never_joins_two_versions(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ts, "TRIES", 1)
+    server.faults = ["cut"]
+    refuses("cannot download", ts.fetch, server.url, str(tmp_path / "f"))
+    server.data, server.etag = DATA[::-1], '"v2"'
+    fetched(server, tmp_path / "f")
+
+
+def test_fetch_starts_over_for_another_url_or_note(server, tmp_path, monkeypatch):
+    (tmp_path / "f.part").write_bytes(b"x" * 1000)
+    for note in ("", "[]", "{}", json.dumps({"url": "http://other", "version": '"v1"', "total": len(DATA)})):
+        (tmp_path / "f.part.json").write_text(note)
+        assert fetched(server, tmp_path / "f")[-1] is None
+        os.rename(tmp_path / "f", tmp_path / "f.part")
+
+
+def test_fetch_without_ranges(server, tmp_path):
+    server.ranges, server.faults = False, ["cut", "cut"]
+    assert fetched(server, tmp_path / "f") == [None, "bytes=100000-", "bytes=100000-"]
+
+
+@pytest.mark.parametrize("etag", ["", 'W/"weak"'])
+def test_fetch_without_a_version(server, tmp_path, etag):
+    server.etag, server.faults = etag, ["cut"]
+    assert fetched(server, tmp_path / "f") == [None, None]
+
+
+def test_fetch_with_wrong_ranges(server, tmp_path):
+    server.faults = ["cut", "wrong range"]
+    assert fetched(server, tmp_path / "f") == [None, "bytes=100000-", None]
+
+
+def test_fetch_with_416(server, tmp_path):
+    server.faults = ["cut", 416]
+    assert fetched(server, tmp_path / "f") == [None, "bytes=100000-", None]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_fetch_after_passing_trouble(server, tmp_path, status):
+    server.faults = [status, status]
+    assert len(fetched(server, tmp_path / "f")) == 3
+
+
+def test_fetch_gives_up(server, tmp_path):
+    server.faults = [503] * 100
+    refuses("503", ts.fetch, server.url, str(tmp_path / "f"))
+    assert len(server.requests) == ts.TRIES and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [404, 403, 410])
+def test_fetch_refused_at_once(server, tmp_path, status):
+    server.faults = [status] * 9
+    refuses(f"{status}", ts.fetch, server.url, str(tmp_path / "f"), flag="--tokenizer_url")
+    assert len(server.requests) == 1 and os.listdir(tmp_path) == []
+
+
+def test_fetch_checksum(server, tmp_path):
+    refuses("--tokenizer_url=URL", ts.fetch, server.url, str(tmp_path / "f"), "0" * 64, "--tokenizer_url")
+    assert os.listdir(tmp_path) == []
+
+
+def test_fetch_without_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(ts, "BACKOFF", 0.01)
+    refuses("python tinystories.py synth", ts.fetch, "http://127.0.0.1:9/x", str(tmp_path / "f"))
+    for url in ("nonsense", "file:///etc/passwd", "http://"):
+        refuses("--url", ts.fetch, url, str(tmp_path / "f"))
+
+
+def archive(members):
+    """A .tar.gz of (name, content or None, changes) triples."""
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w:gz") as tar:
+        for name, content, changes in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content or b"")
+            for key, value in changes.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content or b""))
+    return raw.getvalue()
+
+
+SHARD = json.dumps([{"story": "Hello."}, {"story": "Bye."}]).encode()
+HOSTILE = [
+    ("../data07.json", SHARD, {}), ("/data08.json", SHARD, {}), ("a/../../data09.json", SHARD, {}),
+    ("data10.json", None, {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
+    ("data11.json", None, {"type": tarfile.LNKTYPE, "linkname": "data00.json"}),
+    ("data12.json", None, {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}),
+    ("data13.json", None, {"type": tarfile.FIFOTYPE}), ("data14.json", None, {"type": tarfile.DIRTYPE}),
+    ("run.sh", b"rm", {}), ("data15.json.exe", b"x", {}), ("x/data01.json", b"again", {})]
+
+
+def test_extract(tmp_path):
+    file, folder = tmp_path / "a.tar.gz", tmp_path / "in" / "out"
+    file.write_bytes(archive([("data00.json", SHARD, {}), ("sub/data01.json", SHARD, {}), *HOSTILE]))
+    ts.extract(str(file), str(folder))
+    # tar's own rule for a leading slash is to drop it; the rest of the hostile ones are not taken
+    assert sorted(os.listdir(folder)) == ["data00.json", "data01.json", "data08.json"]
+    assert all(p.read_bytes() == SHARD and not p.is_symlink() for p in folder.iterdir())
+    assert sorted(os.listdir(tmp_path)) == ["a.tar.gz", "in"] and os.listdir(tmp_path / "in") == ["out"]
+
+
+def test_extract_damaged(tmp_path):
+    whole = archive([("data00.json", SHARD, {}), ("data01.json", DATA, {})])
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1  # in gzip's checksum
+    for bad in (whole[:1000], whole[:-8], bytes(flipped), b"", b"<html>", gzip.compress(b"no tar" * 200)):
+        (tmp_path / "a.tar.gz").write_bytes(bad)
+        refuses("delete it", ts.extract, str(tmp_path / "a.tar.gz"), str(tmp_path / "out"))
+        assert os.listdir(tmp_path) == ["a.tar.gz"]
+
+
+def test_download(server, tmp_path, capsys, monkeypatch):
+    model = SHARED / "llama2" / "tokenizer.model"
+    if not model.exists():
+        pytest.skip(f"no Llama 2 tokenizer at {model}")
+    data, models = str(tmp_path / "data"), tmp_path / "data" / "tokenizer.model"
+    server.data = archive([("data00.json", SHARD, {}), ("data01.json", SHARD, {})])
+    monkeypatch.setattr(ts, "fetch", lambda url, path, *rest, _fetch=ts.fetch: (
+        models.write_bytes(model.read_bytes()) if path.endswith(".model") else _fetch(url, path, *rest)))
+    args = ["download", "--data-dir", data, "--url", server.url]
+    ts.main(args)
+    assert sorted(os.listdir(data)) == [
+        "TinyStories_all_data", "TinyStories_all_data.tar.gz", "tokenizer.bin", "tokenizer.model"]
+    assert (Path(data) / "tokenizer.bin").read_bytes() == (SHARED / "llama2" / "tokenizer.bin").read_bytes()
+    assert "\nnext: python tinystories.py pretokenize" in capsys.readouterr().out
+    ts.main(args)
+    assert capsys.readouterr().out.count("already there") == 2 and len(server.requests) == 1
+    # --small, into a folder that holds stories: kept, then replaced
+    server.data = b"Hello.\n<|endoftext|>\nBye.\n<|endoftext|>\n"
+    ts.main([*args, "--small"])
+    assert len(server.requests) == 1
+    ts.main([*args, "--small", "--force"])
+    assert sorted(shards(data).values()) == [["Bye."], ["Hello."]]
+
+
+# ---- shards ------------------------------------------------------------------------------------------
+
+def shards(data_dir):
+    """What json.load says is in each shard, by name."""
+    folder = Path(data_dir) / "TinyStories_all_data"
+    return {path.name: [item["story"] for item in json.loads(path.read_text("utf-8"))]
+            for path in sorted(folder.iterdir())}
+
+
+def imported(tmp_path, name, content, *flags):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    ts.main(["import", str(tmp_path / name), f"--data_dir={tmp_path / 'd'}", "--force", *flags])
+    return sorted(story for shard in shards(tmp_path / "d").values() for story in shard)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_import_text(tmp_path, newline, bom):
+    text = ["One é.\n\nOne, too.", "Two 😀.", "Three."]
+    joined = bom + "<|endoftext|>".join(["", *(f"\n{t}\n" for t in text), "  ", ""]).replace("\n", newline)
+    assert imported(tmp_path, "a.txt", joined) == sorted(text)
+    blank = bom + "\n\n  \nOne.\nOne, too.\n\n\n \nTwo.\n\t\nThree.\n\n".replace("\n", newline)
+    assert imported(tmp_path, "a.txt", blank, "--separator=blank") == ["One.\nOne, too.", "Three.", "Two."]
+    own = bom + "One.\n---\nTwo. --- Two.\n---\n\n---\nThree.".replace("\n", newline)
+    assert imported(tmp_path, "a.txt", own, "--separator", r"\n---\n") == ["One.", "Three.", "Two. --- Two."]
+
+
+def test_import_json(tmp_path):
+    text = ["Tom said \"hi\".\n", "\u2028é😀", "c", "d\\"]
+    for items in (text, [{"x": 1, "story": t, "text": "no"} for t in text], [{"text": t} for t in text],
+                  [{"story": {"a": [1]}, "text": t} for t in text]):
+        plain = json.dumps(items)
+        for content in (plain, json.dumps(items, indent=2, ensure_ascii=False), "\ufeff" + plain):
+            assert imported(tmp_path, "a.json", content) == sorted(t.strip() for t in text)
+        for end in ("\n", "\r\n", "\n\n"):
+            lines = end.join(map(json.dumps, items))
+            assert imported(tmp_path, "a.jsonl", lines) == sorted(t.strip() for t in text)
+    other = json.dumps([{"t": "a", "text": "x"}, {"t": "b"}])
+    assert imported(tmp_path, "a.json", other, "--field=t") == ["a", "b"]
+    assert imported(tmp_path, "a.json", r'["a\ud83d", "\ud83d\ude00"]') == ["a\ud83d", "😀"]
+
+
+def test_import_errors(tmp_path, capsys):
+    cases = [
+        ("a.txt", b"One <|endoftext|> caf\xe9", [], "byte 21 is 0xe9"),
+        ("a.txt", b"x" * ts.CHUNK + b"<|endoftext|>\xff", [], f"byte {ts.CHUNK + 13} is 0xff"),
+        ("a.txt", b"x" * (ts.CHUNK - 1) + "é".encode()[:1], [], f"byte {ts.CHUNK - 1} is 0xc3"),
+        ("a.txt", b"only one", [], "found 1 stories"), ("a.txt", b"", [], "found 0 stories"),
+        ("a.txt", b"one two", ["--separator=blank"], "--separator"),
+        ("a.json", b'{"story": "a"}', [], "line 1, item 0: not a JSON list"),
+        ("a.json", b'[{"story": "a"},\n{"story": "b"\n"x"}]', [], "line 3, item 1: Expecting ',' delimiter"),
+        ("a.json", b'["a",\n"b"', [], "line 2, item 2: the file ends inside the list"),
+        ("a.json", b'["a",\n"b', [], "line 2, item 1: Unterminated string"),
+        ("a.json", b'["a", "b"] x', [], "text after the list"), ("a.json", b"[] x", [], "text after"),
+        ("a.json", b"[" * 100_000, [], "nested too deeply"),
+        ("a.json", b'["a" "b"]', [], "expected ',' or ']'"), ("a.json", b"", [], "not a JSON list"),
+        ("a.json", b'["a", 3]', [], "item 1: expected a text"),
+        ("a.json", b'["a",]', [], "item 1: Expecting value"),
+        ("a.json", b'[{"title": "a"}]', [], "no text under story or text, only 'title'"),
+        ("a.json", b'[{"title": "a"}]', ["--field=body"], "no text under body"),
+        ("a.jsonl", b'"a"\n\n{"story": "b"\n', [], "line 3: "),
+        ("a.jsonl", b"[1]\n", [], "line 1: expected a text"),
+    ]
+    for name, content, flags, message in cases:
+        (tmp_path / name).write_bytes(content)
+        args = ["import", str(tmp_path / name), f"--data_dir={tmp_path / 'd'}", *flags]
+        refuses(message, ts.main, args)
+        assert not (tmp_path / "d" / "TinyStories_all_data").exists()
+    refuses("no such file", ts.main, ["import", str(tmp_path / "none.txt")])
+    refuses("--data_dir", ts.main, ["import", str(tmp_path), f"--data_dir={tmp_path / 'd'}"])
+
+
+def test_import_without_separator_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ts, "LONGEST_STORY", 1 << 20)
+    (tmp_path / "a.txt").write_bytes(b"word " * (1 << 20))
+    refuses("--separator=blank", ts.main, ["import", str(tmp_path / "a.txt"), f"--data_dir={tmp_path / 'd'}"])
+
+
+def test_import_deals_fairly(tmp_path):
+    text = [f"story {i}" for i in range(1003)]
+    assert imported(tmp_path, "a.jsonl", "\n".join(map(json.dumps, text)), "--num_shards=10") == sorted(text)
+    first = shards(tmp_path / "d")
+    assert list(first) == [f"data{i:02d}.json" for i in range(10)]
+    assert all(100 <= len(shard) <= 101 for shard in first.values())
+    held_out = [int(story.split()[1]) for story in first["data00.json"]]
+    assert len({i // 10 for i in held_out}) == len(held_out)  # one of every ten in a row
+    assert len({i % 10 for i in held_out}) > 3  # and not always the same of the ten
+    imported(tmp_path, "a.jsonl", "\n".join(map(json.dumps, text)), "--num_shards=10")
+    assert shards(tmp_path / "d") == first
+    imported(tmp_path, "a.jsonl", "\n".join(map(json.dumps, text)), "--num_shards=10", "--seed=2")
+    assert shards(tmp_path / "d") != first
+
+
+@pytest.mark.parametrize("count", [2, 3, 9, 10, 11])
+def test_import_of_few_stories(tmp_path, count):
+    text = [f"s{i:02}" for i in range(count)]
+    assert imported(tmp_path, "a.json", json.dumps(text)) == text
+    assert len(shards(tmp_path / "d")) == min(count, 10) and all(shards(tmp_path / "d").values())
+
+
+def test_import_keeps_what_is_there(tmp_path, capsys):
+    imported(tmp_path, "a.json", '["a", "b", ""]')
+    assert "1 empty" in capsys.readouterr().out
+    args = ["import", str(tmp_path / "a.json"), f"--data_dir={tmp_path / 'd'}"]
+    refuses("--force", ts.main, args)
+    before = shards(tmp_path / "d")
+    (tmp_path / "a.json").write_text('["c", "d", 3]')
+    refuses("item 2", ts.main, [*args, "--force"])
+    assert shards(tmp_path / "d") == before
+    folder = tmp_path / "d" / "TinyStories_all_data"
+    folder.rename(f"{folder}.old")  # killed between two renames
+    assert len(ts.shard_files(str(tmp_path / "d"))) == 2 and shards(tmp_path / "d") == before
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text() | st.fixed_dictionaries({"story": st.text(), "n": st.floats(allow_nan=False)})),
+       st.integers(1, 40), st.sampled_from([None, 1]), st.booleans())
+def test_json_list_reads_in_pieces(tmp_path_factory, items, chunk, indent, ascii_only):
+    path = tmp_path_factory.getbasetemp() / "pieces.json"
+    path.write_text(json.dumps(items, indent=indent, ensure_ascii=ascii_only), "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ts, "CHUNK", chunk)
+        sizes = []
+        assert list(ts.JsonList(str(path), sizes.append)) == items
+    assert sum(sizes) == path.stat().st_size
+
+
+def test_long_stories_take_linear_time(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(["x" * 20_000_000, "y"]))
+    start = time.process_time()
+    assert [len(s) for s in ts.read_stories(str(tmp_path / "a.json"), id)] == [20_000_000, 1]
+    assert time.process_time() - start < 3
+
+
+def test_synth(tmp_path, capsys):
+    args = ["synth", "--num_stories=50", "--num-shards=5", f"--data_dir={tmp_path / 'd'}"]
+    ts.main(args)
+    first = shards(tmp_path / "d")
+    assert [len(s) for s in first.values()] == [10] * 5
+    assert sorted(sum(first.values(), [])) == sorted(s.strip() for s in stories(50, 1337))
+    refuses("--force", ts.main, args)
+    ts.main([*args, "--force"])
+    assert shards(tmp_path / "d") == first
+    ts.main([*args, "--force", "--seed=7"])
+    assert shards(tmp_path / "d") != first
+
+
+def test_shards_missing(tmp_path):
+    data = str(tmp_path)
+    for args in (["train_vocab", "--vocab_size=300"], ["pretokenize"]):
+        refuses("tinystories.py download --data_dir=" + data, ts.main, [*args, "--data_dir=" + data])
+    (tmp_path / "TinyStories_all_data").mkdir()
+    refuses("no stories", ts.shard_files, data)
+    for name in ("data01.json", "data02.json"):
+        (tmp_path / "TinyStories_all_data" / name).write_bytes(SHARD)
+    refuses("data00.json", ts.shard_files, data)
+    for i in (0, 100, 11):
+        (tmp_path / "TinyStories_all_data" / f"data{i:02d}.json").write_bytes(SHARD)
+    assert [ts.shard_number(p) for p in ts.shard_files(data)] == [0, 1, 2, 11, 100]
+
+
+# ---- train_vocab and pretokenize ---------------------------------------------------------------------
+
+@pytest.fixture
+def data(tmp_path):
+    """A data folder of five shards; the validation shard alone holds the word and letter ß."""
+    texts = stories(300)
+    texts[3] = "  Two  spaces.\n\n And a  line \n\nbreak.\n  "
+    texts[5] = "In 2023, 2023 was 2023. " * 50
+    texts[4] = "A lone \ud83d half, a NUL \0, an emoji 😀."
+    ts.write_shards([*texts, ""], str(tmp_path / "data"), 5, 1, False)
+    path = Path(ts.shard_files(str(tmp_path / "data"))[0])
+    texts = [*shards(tmp_path / "data")["data00.json"], "ßßßß " * 500, " "]
+    path.write_text(json.dumps([{"story": s} for s in texts]))
+    return str(tmp_path / "data")
+
+
+@pytest.fixture
+def tok(data):
+    ts.train_vocab(data, 350, 10)
+    return data
+
+
+def test_train_vocab(data, capfd):
+    ts.main(["train_vocab", "--vocab-size=350", "--data_dir=" + data])
+    out, err = capfd.readouterr()
+    assert err == "" and out.count("\n") == 1 and f"pretokenize --vocab_size=350 --data_dir={data}" in out
+    assert sorted(os.listdir(data)) == ["TinyStories_all_data", "tok350.model"]
+    first = Path(data, "tok350.model").read_bytes()
+    sp = sentencepiece.SentencePieceProcessor(model_proto=first)
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    assert len(pieces) == 350 and pieces[:3] == ["<unk>", "<s>", "</s>"]
+    assert [sp.unk_id(), sp.bos_id(), sp.eos_id(), sp.pad_id()] == [0, 1, 2, -1]
+    assert pieces[3:259] == [f"<0x{i:02X}>" for i in range(256)]
+    assert all(len(p.strip("▁")) == 1 for p in pieces[259:] if any(c.isdigit() for c in p))  # digits split
+    assert not any("ß" in p for p in pieces)  # validation text is not looked at
+    assert sp.decode(sp.encode("  a  b ﬁ ß\n")) == "  a  b ﬁ ß\n"  # nothing normalized, spaces kept
+    ts.main(["train_vocab", "--vocab-size=350", "--data_dir=" + data])
+    assert Path(data, "tok350.model").read_bytes() == first
+
+
+def test_train_vocab_from_a_file_gives_the_same(data, tmp_path):
+    """As llama2.c does it: the text in a file of lines, read by sentencepiece."""
+    ts.train_vocab(data, 400, 2)
+    with open(tmp_path / "tiny.txt", "w", encoding="utf-8") as f:
+        for name in ("data01.json", "data02.json"):
+            for story in shards(data)[name]:
+                f.write(story.strip().replace("\ud83d", "\ufffd") + "\n")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "tiny.txt"), model_prefix=str(tmp_path / "m"), model_type="bpe", vocab_size=400,
+        input_format="text", character_coverage=1.0, split_digits=True, allow_whitespace_only_pieces=True,
+        byte_fallback=True, unk_surface=r" \342\201\207 ", normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2)
+    ours, theirs = (sentencepiece.SentencePieceProcessor(model_file=str(p))
+                    for p in (Path(data, "tok400.model"), tmp_path / "m.model"))
+    assert [(ours.id_to_piece(i), ours.get_score(i)) for i in range(400)] == \
+           [(theirs.id_to_piece(i), theirs.get_score(i)) for i in range(400)]
+
+
+def test_train_vocab_reads_long_lines(tmp_path):
+    """sentencepiece drops lines over 4,192 bytes by default, without a word."""
+    ts.write_shards(["short story here"] * 2 + ["qzqz " * 3000] * 2, str(tmp_path), 4, 1, False)
+    ts.train_vocab(str(tmp_path), 280, 10)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tok280.model"))
+    assert any("qz" in sp.id_to_piece(i) for i in range(280))
+
+
+def test_train_vocab_mistakes(data, capfd):
+    for size, message in ((0, "not between 1 and 65536"), (-5, "not between"), (65537, "not between"),
+                          (10, "characters need"), (60000, "too large")):
+        refuses(message, ts.main, ["train_vocab", f"--vocab_size={size}", "--data_dir=" + data])
+    assert not list(Path(data).glob("*.model")) and capfd.readouterr().err == ""
+    with pytest.raises(SystemExit) as e:  # the size that it names works, and one more does not
+        ts.train_vocab(data, 60000, 10)
+    most = int(str(e.value).split("--vocab_size=")[2].split()[0])
+    refuses("too large", ts.train_vocab, data, most + 1, 10)
+    ts.train_vocab(data, most, 10)
+    refuses("--vocab_size", ts.main, ["train_vocab", "--data_dir=" + data])
+    Path(ts.shard_files(data)[2]).write_text('[{"story": "a"}, {"story"')
+    refuses("data02.json, line 1, item 1", ts.main, ["train_vocab", "--vocab_size=300", "--data_dir=" + data])
+
+
+def tokens(folder, name="data00.bin"):
+    return np.fromfile(Path(folder, name), "<u2").tolist()
+
+
+def expected_tokens(data, model):
+    """Per shard, from sentencepiece directly."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    return {name.replace(".json", ".bin"):
+            sum(([1] + sp.encode(s.strip().replace("\ud83d", "\ufffd")) for s in texts if s.strip()), [])
+            for name, texts in shards(data).items()}
+
+
+def snapshot(folder):
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_pretokenize(tok, capsys, workers):
+    ts.main(["pretokenize", "--vocab_size=350", "--data_dir=" + tok, f"--num_workers={workers}"])
+    out = capsys.readouterr().out
+    assert f"python train.py --vocab_source=custom --vocab_size=350 --data_dir={tok}" in out
+    folder = ts.token_dir(tok, 350)
+    expected = expected_tokens(tok, ts.tokenizer_path(tok, 350))
+    assert sorted(os.listdir(folder)) == [*expected, "meta.json"]
+    meta = json.loads(Path(folder, "meta.json").read_text())
+    assert [meta[key] for key in ("format", "vocab_size", "bos_id")] == [1, 350, 1]
+    assert meta["tokenizer_sha256"] == hashlib.sha256(Path(tok, "tok350.model").read_bytes()).hexdigest()
+    for shard, (name, ids) in zip(meta["shards"], expected.items(), strict=True):
+        assert tokens(folder, name) == ids
+        texts = [s.strip() for s in shards(tok)[name.replace(".bin", ".json")] if s.strip()]
+        assert shard["name"] == name and shard["tokens"] == len(ids) and shard["stories"] == len(texts)
+        assert shard["bytes"] == sum(len(s.replace("\ud83d", "?").encode()) for s in texts)
+        assert shard["sha256"] == hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
+
+
+def test_pretokenize_skips_what_is_done(tok):
+    args = ["pretokenize", "--vocab_size=350", "--data_dir=" + tok]
+    ts.main(args)
+    folder = Path(ts.token_dir(tok, 350))
+    first = snapshot(folder)
+
+    def redone():
+        ts.main(args)
+        now = snapshot(folder)
+        assert {k: v[0] for k, v in now.items() if k != "meta.json"} == {k: v[0] for k, v in first.items()
+                                                                         if k != "meta.json"}
+        changed = [name for name in first if now[name][1] != first[name][1] and name != "meta.json"]
+        first.update(now)
+        return sorted(changed)
+
+    assert redone() == []
+    (folder / "data02.bin").unlink()
+    assert redone() == ["data02.bin"]
+    with open(folder / "data03.bin", "ab") as f:
+        f.write(b"x")
+    assert redone() == ["data03.bin"]
+    os.utime(ts.shard_files(tok)[1])
+    assert redone() == ["data01.bin"]
+    (folder / "meta.json").write_text("{broken")
+    assert redone() == [f"data{i:02d}.bin" for i in range(5)]
+    args.append("--force")
+    assert redone() == [f"data{i:02d}.bin" for i in range(5)]
+    args.pop()
+    ts.train_vocab(tok, 350, 1)  # another tokenizer under the same name
+    ts.main(args)
+    assert {n: tokens(folder, n) for n in expected_tokens(tok, ts.tokenizer_path(tok, 350))} == \
+        expected_tokens(tok, ts.tokenizer_path(tok, 350))
+
+
+def test_pretokenize_stops_at_a_bad_story(tok):
+    path = Path(ts.shard_files(tok)[2])
+    good = path.read_text()
+    path.write_text(json.dumps([{"story": "fine"}, {"story": 5}]))
+    os.mkdir(ts.token_dir(tok, 350))
+    Path(ts.token_dir(tok, 350), "meta.json").write_text("of an earlier run")
+    done = run("pretokenize", "--vocab_size=350", "--data_dir", tok, "--num_workers=2")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "data02.json, item 1" in done.stderr
+    folder = Path(ts.token_dir(tok, 350))
+    assert not (folder / "meta.json").exists() and not (folder / "data02.bin").exists()
+    refuses("an unfinished pretokenize", ts.TokenBatches, str(folder), "train", 2, 8)
+    finished = {entry["name"] for entry in json.loads((folder / "meta.json.partial").read_text())["shards"]}
+    before = snapshot(folder)
+    path.write_text(good)
+    run("pretokenize", "--vocab_size=350", "--data_dir", tok, check=True)
+    after = snapshot(folder)
+    assert all(after[name] == before[name] for name in finished) and "meta.json.partial" not in after
+    assert {n: tokens(folder, n) for n in expected_tokens(tok, tok + "/tok350.model")} == \
+        expected_tokens(tok, tok + "/tok350.model")
+
+
+def test_pretokenize_notices_killed_processes(tok, tmp_path):
+    """A worker, then the whole run, killed by force; what is there is whole and the same command goes on."""
+    for i, path in enumerate(ts.shard_files(tok)):
+        with open(path, "w") as f:
+            json.dump([{"story": f"{n} times {s}"} for n in range(40) for s in stories(40, i)], f)
+    folder = Path(ts.token_dir(tok, 350))
+    slow = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); import tinystories, tokenizer\n"
+            "pack = tokenizer.Tokenizer.pack\n"
+            "tokenizer.Tokenizer.pack = lambda self, s: (time.sleep(5e-4), pack(self, s))[1]\n"
+            "tinystories.CHUNK = 1 << 12\n"
+            "if __name__ == '__main__': tinystories.main(sys.argv[2:])")
+    (tmp_path / "slow.py").write_text(slow)
+    command = [sys.executable, tmp_path / "slow.py", ROOT, "pretokenize", "--vocab_size=350",
+               "--data_dir", tok, "--num_workers=2"]
+
+    def start():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not list(folder.glob("*.bin.*.tmp")):
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return process, [int(pid) for pid in children]
+
+    def dead(pids):
+        return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+    process, workers = start()
+    os.kill(workers[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and "-9" in err and out == "" and err.count("\n") == 1
+    assert dead(workers) and not (folder / "meta.json").exists()
+    for path in folder.glob("*.bin.*.tmp"):
+        path.unlink()
+    process, workers = start()
+    process.kill()
+    assert process.communicate(timeout=20)[1] == ""
+    deadline = time.time() + 5
+    while not dead(workers) and time.time() < deadline:  # orphans notice by themselves
+        time.sleep(0.02)
+    assert dead(workers) and not (folder / "meta.json").exists()
+    run("pretokenize", "--vocab_size=350", "--data_dir", tok, check=True)
+    assert sorted(os.listdir(folder)) == [*(f"data{i:02d}.bin" for i in range(5)), "meta.json"]
+    expected = expected_tokens(tok, tok + "/tok350.model")
+    assert {n: tokens(folder, n) for n in expected} == expected
+
+
+def test_pretokenize_mistakes(tok):
+    for flags, message in ((["--vocab_size=77"], "train_vocab --vocab_size=77 --data_dir=" + tok),
+                           ([], "download --data_dir=" + tok), (["--vocab_size=-1"], "not between 0"),
+                           (["--vocab_size=65537"], "not between 0")):
+        refuses(message, ts.main, ["pretokenize", "--data_dir=" + tok, *flags])
+    os.rename(Path(tok, "tok350.model"), Path(tok, "tok99.model"))
+    refuses("350 pieces, not 99", ts.main, ["pretokenize", "--vocab_size=99", "--data_dir=" + tok])
+
+
+def test_no_torch_for_pretokenize(tok):
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+            "import tinystories; tinystories.main(sys.argv[2:])\n"
+            "assert 'torch' not in sys.modules and 'requests' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code, ROOT, "pretokenize", "--vocab_size=350", "--data_dir", tok],
+                   check=True, capture_output=True)
+
+
+# ---- TokenBatches ------------------------------------------------------------------------------------
+
+def made(folder, sizes, bos=1):
+    """A token folder whose tokens count up through its shards, so that each can be told from the others."""
+    folder.mkdir(exist_ok=True)
+    entries, at = [], 10
+    for i, size in enumerate(sizes):
+        ids = np.arange(at, at + size, dtype="<u2")
+        at += size
+        (folder / f"data{i:02d}.bin").write_bytes(ids.tobytes())
+        entries.append({"name": f"data{i:02d}.bin", "tokens": size, "stories": 1, "bytes": 3 * size,
+                        "sha256": hashlib.sha256(ids.tobytes()).hexdigest()})
+    meta = {"format": 1, "vocab_size": 60000, "tokenizer_sha256": "ab", "bos_id": bos, "shards": entries}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, u) and torch.equal(y, v)
+                                    for (x, y), (u, v) in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("sizes, T, B", [((5, 40, 33, 27), 8, 3), ((5, 3, 0, 4), 16, 2), ((9, 2), 8, 4),
+                                         ((1, 64, 64), 16, 8), ((3, 1, 1, 1, 50, 1), 7, 5)])
+def test_train_batches_by_brute_force(tmp_path, sizes, T, B):
+    folder = made(tmp_path / "t", sizes)
+    ring = sum((tokens(folder, f"data{i:02d}.bin") for i in range(1, len(sizes))), [])
+    N, rows, epoch = len(ring), [], 0
+    while len(rows) < 20 * B:
+        rng = np.random.default_rng([7, epoch])
+        offset = rng.integers(T)
+        for w in rng.permutation((N + T - 1) // T):
+            rows.append([ring[(offset + w * T + j) % N] for j in range(T + 1)])
+        epoch += 1
+    batches = ts.TokenBatches(folder, "train", B, T, seed=7)
+    for k, (x, y) in enumerate(take(batches, 20)):
+        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (B, T)
+        assert x.is_contiguous() and y.is_contiguous()
+        expected = np.array(rows[k * B:(k + 1) * B])
+        assert np.array_equal(x.numpy(), expected[:, :-1]) and np.array_equal(y.numpy(), expected[:, 1:])
+
+
+@pytest.mark.parametrize("sizes, T", [((5, 40, 33, 27), 10), ((5, 40, 33, 27), 8), ((2, 500, 1, 377), 64)])
+def test_every_token_is_a_target_in_every_epoch(tmp_path, sizes, T):
+    N = sum(sizes[1:])
+    windows = -(-N // T)
+    batches = ts.TokenBatches(made(tmp_path / "t", sizes), "train", 1, T, seed=3)
+    orders = []
+    for _ in range(3):
+        y = torch.cat([y.flatten() for _, y in take(batches, windows)])
+        counts = torch.bincount(y - 10 - sizes[0], minlength=N)
+        assert len(counts) == N and counts.min() == 1 and counts.sum() == windows * T  # at most T - 1 twice
+        orders.append(y.tolist())
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_ranks_share_the_same_data(tmp_path):
+    folder = made(tmp_path / "t", (50, 300, 200))
+    for split in ("train", "val"):
+        alone = ts.TokenBatches(folder, split, 4, 8, seed=5)
+        both = [ts.TokenBatches(folder, split, 4, 8, seed=5, rank=r, world_size=2) for r in (0, 1)]
+        if split == "val":
+            a, b = list(both[0]), list(both[1])
+            assert same(list(alone), [pair for i in range(len(a)) for pair in (a[i:i + 1] + b[i:i + 1])])
+            continue
+        for _ in range(30):
+            assert same(take(alone, 2), [next(both[0]), next(both[1])])
+        assert alone.state_dict() == both[0].state_dict() == both[1].state_dict()
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 2), (2, 3)])
+def test_resume(tmp_path, before, after):
+    folder = made(tmp_path / "t", (9, 200, 131))
+
+    def group(world, seed=5):
+        return [ts.TokenBatches(folder, "train", 3, 8, seed=seed, rank=rank, world_size=world)
+                for rank in range(world)]
+
+    straight = take(group(1)[0], 6 * before + 6 * after)
+    first = group(before)
+    got = [next(b) for _ in range(6) for b in first]
+    state = json.loads(json.dumps(first[0].state_dict()))
+    second = group(after, seed=99)  # the state's seed counts
+    for b in second:
+        b.load_state_dict(state)
+    assert same(straight, got + [next(b) for _ in range(6) for b in second])
+    assert all(type(v) is int for v in state.values())
+
+
+def test_resume_on_other_data(tmp_path):
+    state = ts.TokenBatches(made(tmp_path / "t", (9, 200, 131)), "train", 3, 8).state_dict()
+    other = ts.TokenBatches(str(tmp_path / "t"), "train", 3, 9)
+    refuses("max_seq_len was 8, is 9", other.load_state_dict, state)
+    other = ts.TokenBatches(made(tmp_path / "u", (9, 200, 132)), "train", 3, 8)
+    refuses("num_tokens was 331, is 332", other.load_state_dict, state)
+    other = ts.TokenBatches(made(tmp_path / "v", (8, 200, 131)), "train", 3, 8)  # as many, but others
+    refuses("fingerprint", other.load_state_dict, state)
+
+
+@pytest.mark.parametrize("size", [2, 8, 9, 10, 64, 65, 66, 100])
+@pytest.mark.parametrize("world", [1, 3])
+def test_val_counts_every_target_once(tmp_path, size, world):
+    folder = made(tmp_path / "t", (size, 30))
+    targets = []
+    for rank in range(world):
+        batches = ts.TokenBatches(folder, "val", 3, 8, rank=rank, world_size=world)
+        first = list(batches)
+        assert same(first, list(batches))  # anew each time
+        if world == 1:
+            assert len(first) == -(-(size - 1) // (3 * 8))
+        next(iter(batches), None)
+        assert same(first, list(batches))
+        for x, y in first:
+            assert x.shape == y.shape == (3, 8) and x.min() >= 1 and x.is_contiguous() and y.is_contiguous()
+            assert torch.all((y == x + 1) | (y == -1)) and torch.all(x[y == -1] <= 10 + size)
+            targets += y[y != -1].tolist()
+    assert sorted(targets) == list(range(11, 10 + size))
+
+
+def test_val_max_batches(tmp_path):
+    folder = made(tmp_path / "t", (100, 30))
+    assert same(list(ts.TokenBatches(folder, "val", 2, 8, max_batches=3)),
+                list(ts.TokenBatches(folder, "val", 2, 8))[:3])
+    for rank, count in ((0, 2), (1, 1)):
+        batches = ts.TokenBatches(folder, "val", 2, 8, max_batches=3, rank=rank, world_size=2)
+        assert len(list(batches)) == count
+
+
+def test_val_pads_with_bos(tmp_path):
+    (x, y), = ts.TokenBatches(made(tmp_path / "t", (4, 30), bos=7), "val", 2, 5)
+    assert x.tolist() == [[10, 11, 12, 13, 7], [7] * 5] and y.tolist() == [[11, 12, 13, -1, -1], [-1] * 5]
+
+
+def test_batches_from_real_stories(tok):
+    ts.pretokenize(tok, 350, False, 2)
+    folder = ts.token_dir(tok, 350)
+    t = Tokenizer(ts.tokenizer_path(tok, 350))
+    val = ts.TokenBatches(folder, "val", 4, 32, vocab_size=350, tokenizer_sha256=t.sha256)
+    ids = tokens(folder)
+    assert [i for _, y in val for i in y.flatten().tolist() if i >= 0] == ids[1:]
+    text = sum(len(s.strip().encode("utf-8", "replace")) for s in shards(tok)["data00.json"])
+    assert val.bytes_per_token == text / len(ids)
+    Path(folder, "data77.bin").write_bytes(b"stale")  # in the folder, not in meta.json
+    train = ts.TokenBatches(folder, "train", 4, 32)
+    assert train.num_tokens == sum(len(ids) for n, ids in expected_tokens(tok, t.model_path).items()
+                                   if n != "data00.bin")
+
+
+def test_batches_check_the_folder(tmp_path):
+    folder = str(tmp_path / "tok4096")
+    where = f"pretokenize --vocab_size=4096 --data_dir={tmp_path}"
+    refuses(where, ts.TokenBatches, folder, "train", 2, 8)
+    refuses(f"pretokenize --data_dir={tmp_path}", ts.TokenBatches, str(tmp_path / "tokenizer"), "train", 2, 8)
+    made(tmp_path / "tok4096", (9, 30))
+    refuses("60000, not 4096", ts.TokenBatches, folder, "train", 2, 8, vocab_size=4096)
+    refuses("another tokenizer", ts.TokenBatches, folder, "train", 2, 8, tokenizer_sha256="cd")
+    ts.TokenBatches(folder, "train", 2, 8, vocab_size=60000, tokenizer_sha256="ab")
+    os.truncate(Path(folder, "data01.bin"), 58)
+    refuses("data01.bin is missing or not of its size; run: python tinystories.py " + where,
+            ts.TokenBatches, folder, "val", 2, 8)
+    os.remove(Path(folder, "data01.bin"))
+    refuses("data01.bin", ts.TokenBatches, folder, "train", 2, 8)
+    for sizes, split, message in (((9,), "train", "and one for training"), ((1, 9), "val", "hold no text"),
+                                  ((9, 0), "train", "hold no text")):
+        refuses(message, ts.TokenBatches, made(tmp_path / "tok4096", sizes), split, 2, 8)
+    for text in ("", "{}", "[]", '{"shards": 3}'):
+        Path(folder, "meta.json").write_text(text)
+        refuses("--force", ts.TokenBatches, folder, "train", 2, 8)
+
+
+# ---- command line ------------------------------------------------------------------------------------
+
+def test_paths():
+    assert ts.tokenizer_path("data", 0) == "data/tokenizer.model"
+    assert ts.token_dir("data", 0) == "data/tokenizer"
+    assert (ts.tokenizer_path("d", 512), ts.token_dir("d", 512)) == ("d/tok512.model", "d/tok512")
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "STAGE"), (["pretokenise"], "pretokenise"), (["synth", "--seeds=3"], "did you mean --seed"),
+    (["synth", "--num-stories=0"], "not a whole number above 0"), (["import", "a.pdf"], "no such file"),
+    (["synth", "--num_shards=1"], "between 2 and 1000"), (["train_vocab", "--vocab_size=abc"], "abc"),
+    (["import"], "FILE"), (["pretokenize", "--vocab_size"], "expected")])
+def test_command_line_mistakes(args, message, tmp_path):
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert message in done.stderr and os.listdir(tmp_path) == []
+
+
+def test_from_text_to_tokens_as_commands(tmp_path):
+    help_text = run("--help", check=True).stdout
+    assert all(stage in help_text for stage in ts.STAGES)
+    for stage in ts.STAGES:
+        assert "--data_dir" in run(stage, "--help", check=True).stdout
+    run("synth", "--num-stories", 99, cwd=tmp_path, check=True)
+    run("--vocab-size=310", "train_vocab", cwd=tmp_path, check=True)  # options first, as llama2.c allows
+    done = run("pretokenize", "--vocab_size=310", cwd=tmp_path, check=True)
+    assert done.stderr == ""
+    assert done.stdout.endswith("next: python train.py --vocab_source=custom --vocab_size=310\n")
+    assert sorted(os.listdir(tmp_path / "data")) == ["TinyStories_all_data", "tok310", "tok310.model"]
+    readonly = run("train_vocab", "--vocab_size=301", "--data_dir=/proc/none", cwd=tmp_path)
+    assert readonly.returncode == 1 and readonly.stderr.count("\n") == 1

@@ -1,0 +1,228 @@
+"""tokenizer.py against sentencepiece itself, a writer by hand, and the real Llama 2 and stories260K files."""
+
+import hashlib
+import io
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tokenizer as tk  # noqa: E402
+
+REAL = [("llama2/tokenizer.model", "llama2/tokenizer.bin"),
+        ("stories260K/tok512.model", "stories260K/tok512.bin")]
+WORDS = ["Once upon a time, there was a little girl named Lily.",
+         "She said, \"Hello!\"\n\nThen she ran 12 miles.",
+         "  two  spaces\tand a tab ", "café über naïve 😀 日本語", "one\n two \n\n\nthree",
+         "the the the they them then", "runs    of     spaces  "]
+LINES = "\n".join(WORDS * 3).split("\n")
+TEXT = st.text(st.one_of(st.sampled_from(" \n\t\r\0▁aehlotT.,\"19é😀\u2028"), st.characters()), max_size=60)
+
+
+def train(path, sentences=LINES, vocab_size=320, **options):
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=proto, vocab_size=vocab_size, minloglevel=2,
+        **{"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+           "allow_whitespace_only_pieces": True, "character_coverage": 1.0,
+           "remove_extra_whitespaces": False, **options})
+    path.write_bytes(proto.getvalue())
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("tok") / "tok320.model")
+
+
+def real(name):
+    path = ROOT.parent / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"no real tokenizer at {path}")
+    return str(path)
+
+
+def packed(ids):
+    return struct.pack(f"<{len(ids)}H", *ids)
+
+
+def test_attributes(model):
+    t = tk.Tokenizer(model)
+    assert (t.vocab_size, t.bos_id, t.eos_id, t.pad_id, t.model_path) == (320, 1, 2, -1, model)
+    assert t.sha256 == hashlib.sha256(Path(model).read_bytes()).hexdigest()
+
+
+def test_encode_is_sentencepiece(model):
+    t, sp = tk.Tokenizer(model), sentencepiece.SentencePieceProcessor(model_file=model)
+    for text in [*WORDS, "", " ", "a\0b"]:
+        ids = sp.encode(text)
+        assert t.encode(text, bos=False) == ids
+        assert t.encode(text) == [1] + ids
+        assert t.encode(text, bos=True, eos=True) == [1] + ids + [2]
+    for threads in (1, 2):
+        batch = t.encode_batch(WORDS, True, True, num_threads=threads)
+        assert batch == [t.encode(text, eos=True) for text in WORDS]
+    assert t.encode_batch([], num_threads=1) == []
+
+
+def test_decode(model):
+    t = tk.Tokenizer(model)
+    for text in WORDS:
+        assert t.decode(t.encode(text, bos=True, eos=True)) == text
+    assert t.decode([]) == "" and t.decode([1, 2]) == ""
+    assert t.decode(t.encode("😀", bos=False)[:-1]).strip("\ufffd") == ""  # bytes that are no UTF-8
+    for bad in (-1, 320):
+        with pytest.raises(ValueError, match="vocabulary of 320"):
+            t.decode([5, bad])
+
+
+def test_surrogates(model):
+    t = tk.Tokenizer(model)
+    assert t.encode("a\ud83d b") == t.encode("a\ufffd b")
+    assert t.encode("\ud83d\ude00") == t.encode("😀")
+    assert t.encode_batch(["a\udc00", "b"], num_threads=1) == [t.encode("a\ufffd"), t.encode("b")]
+    assert t.pack("a\ud83d b") == packed(t.encode("a\ufffd b"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+def test_pack_is_encode(text):
+    assert FUZZED.pack(text) == packed(FUZZED.encode(text))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fuzzed(model):
+    global FUZZED
+    FUZZED = tk.Tokenizer(model)
+
+
+@pytest.mark.parametrize("options", [
+    {"split_by_whitespace": False}, {"byte_fallback": False, "vocab_size": 90},
+    {"normalization_rule_name": "nmt_nfkc"}, {"add_dummy_prefix": False},
+    {"treat_whitespace_as_suffix": True}, {"remove_extra_whitespaces": True}, {"user_defined_symbols": ["he l", "\n\n", "e\nt"]},
+    {"model_type": "unigram", "vocab_size": 310}], ids=str)
+def test_pack_with_other_kinds_of_models(tmp_path, options):
+    t = tk.Tokenizer(train(tmp_path / "x.model", **options))
+    more = ["the they\nthe\nthen", "ﬁ ½ x", " a", "\na", "a \nb", "zzz ѫ ѫ\nѫ", "x▁ y ▁▁z", "she l\n\ne\nt", ""]
+    for text in WORDS + more:
+        for _ in range(2):  # from sentencepiece, then from the cache
+            assert t.pack(text) == packed(t.encode(text)), text
+
+
+def test_pack_cache_is_bounded(model, monkeypatch):
+    monkeypatch.setattr(tk._WordCache, "MOST", 5)
+    t = tk.Tokenizer(model)
+    for i in range(50):
+        assert t.pack(f"a{i} b{i} {'c' * 70}") == packed(t.encode(f"a{i} b{i} {'c' * 70}"))
+        assert len(t._words) <= 5 and all(len(word) <= 64 for word in t._words)
+
+
+@pytest.mark.parametrize("model_name, bin_name", REAL)
+def test_export_real(model_name, bin_name, tmp_path):
+    path = tk.Tokenizer(real(model_name)).export(str(tmp_path / "x.bin"))
+    assert Path(path).read_bytes() == Path(real(bin_name)).read_bytes()
+
+
+@pytest.mark.parametrize("model_name", [pair[0] for pair in REAL])
+def test_pack_real(model_name):
+    t = tk.Tokenizer(real(model_name))
+    for text in [*WORDS, "".join(WORDS), "\n".join(WORDS)]:
+        assert t.pack(text) == packed(t.encode(text))
+
+
+def test_export_by_hand(model, tmp_path):
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    pieces = []
+    for i in range(sp.vocab_size()):
+        text = {1: "\n<s>\n", 2: "\n</s>\n"}.get(i, sp.id_to_piece(i).replace("▁", " ")).encode()
+        pieces.append(struct.pack("<f", sp.get_score(i)) + len(text).to_bytes(4, "little") + text)
+    longest = max(len(p) - 8 for p in pieces)
+    path = tk.Tokenizer(model).export(str(tmp_path / "a.bin"))
+    assert Path(path).read_bytes() == longest.to_bytes(4, "little") + b"".join(pieces)
+
+
+def run(*args, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / "tokenizer.py"), *args], cwd=cwd,
+                          capture_output=True, text=True)
+
+
+def test_command_line(model, tmp_path):
+    copy = tmp_path / "tok320.model"
+    copy.write_bytes(Path(model).read_bytes())
+    for flags in (["--tokenizer-model=" + str(copy)], ["--tokenizer_model", str(copy)], ["-t", str(copy)]):
+        done = run(*flags)
+        assert done.returncode == 0 and done.stderr == ""
+        assert done.stdout.count("\n") == 1 and f"./run out/model.bin -z {tmp_path}/tok320.bin" in done.stdout
+        assert (tmp_path / "tok320.bin").stat().st_size > 320 * 8
+        (tmp_path / "tok320.bin").unlink()
+    assert run("-t", str(copy), "--output=" + str(tmp_path / "y.bin")).returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["tok320.model", "y.bin"]
+
+
+def test_user_mistakes(model, tmp_path):
+    (tmp_path / "empty.model").touch()
+    (tmp_path / "text.model").write_text("hello world")
+    (tmp_path / "cut.model").write_bytes(Path(model).read_bytes()[:1000])
+    train(tmp_path / "bare.model", bos_id=-1, eos_id=-1)
+    cases = [(["-t", "data/tok77.model"], "tinystories.py train_vocab --vocab_size=77\n"),
+             (["-t", "my/tok77.model"], "train_vocab --vocab_size=77 --data_dir=my\n"),
+             ([], "tinystories.py download\n"), (["-t", "."], "directory"),
+             (["-t", "empty.model"], "sentencepiece"),
+             (["-t", "text.model"], "sentencepiece"), (["-t", "cut.model"], "sentencepiece"),
+             (["-t", "bare.model"], "<s>"), (["--tokenizer-modle=x"], "did you mean --tokenizer_model"),
+             (["extra"], "extra"), (["-t", model, "-o", "no/such/x.bin"], "no/such/x.bin")]
+    for args, message in cases:
+        done = run(*args, cwd=tmp_path)
+        assert done.returncode == 1 and done.stdout == "", args
+        assert message in done.stderr and done.stderr.count("\n") == 1, (args, done.stderr)
+
+
+def test_big_vocabularies_are_not_packed(model):
+    t = tk.Tokenizer(model)
+    t.vocab_size = 65537
+    with pytest.raises(SystemExit, match="65536"):
+        t.pack("a")
+
+
+def test_atomic_write(tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), tk.atomic_write(str(path)) as f:
+        f.write(b"half")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
+    with tk.atomic_write(str(path), "w") as f:
+        f.write("é\n")
+        assert path.read_text() == "old"
+    assert path.read_bytes() == "é\n".encode() and os.listdir(tmp_path) == ["f"]
+
+
+def test_atomic_write_clears_up_after_a_killed_run(tmp_path):
+    path = tmp_path / "f"
+    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); from tokenizer import atomic_write\n"
+            "with atomic_write(sys.argv[2]) as f:\n"
+            "    f.write(b'x' * 100000); os.kill(os.getpid(), signal.SIGKILL)")
+    killed = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)])
+    assert killed.returncode == -signal.SIGKILL
+    assert not path.exists() and len(os.listdir(tmp_path)) == 1
+    with tk.atomic_write(str(path)) as f:
+        f.write(b"whole")
+    assert os.listdir(tmp_path) == ["f"] and path.read_bytes() == b"whole"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_full_disk_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda path, *a, _open=open, **k: _open("/dev/full", *a, **k))
+    with pytest.raises(OSError, match="No space") as e, tk.atomic_write(str(tmp_path / "f")) as f:
+        f.write(b"x" * 100)
+    assert e.value.filename == str(tmp_path / "f")

@@ -1,0 +1,278 @@
+"""The tokenizer: sentencepiece's encode and decode, and the file that run.c reads.
+
+    python tokenizer.py --tokenizer-model=data/tok4096.model     # writes data/tok4096.bin
+
+A `.model` file is what sentencepiece trains (`python tinystories.py train_vocab`) or what comes with
+Llama 2. Its `.bin` holds the same pieces for run.c, little-endian: uint32 longest piece in bytes, then
+per id a float32 score, a uint32 length and the bytes of the piece.
+
+Not for: training a vocabulary (tinystories.py), Hugging Face's tokenizer.json, chat templates.
+This file also keeps what the command lines of this project share: `atomic_write` and `CommandLine`.
+"""
+
+import argparse
+import difflib
+import glob
+import hashlib
+import os
+import platform
+import struct
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+from sentencepiece import SentencePieceProcessor
+
+SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
+
+
+@contextmanager
+def atomic_write(path: str, mode: str = "wb") -> Iterator:
+    """Open a file that appears under `path` only once all of it is on the disk.
+
+    A run killed halfway leaves the old file, or none. The temporary name holds host and process, so two
+    runs never write into each other's; those of dead processes of this host are cleared away.
+    """
+    ours = f"{path}.{platform.node()}-"
+    for stale in glob.glob(glob.escape(ours) + "*.tmp"):
+        if not _alive(stale[len(ours):-len(".tmp")]):
+            _remove(stale)
+    tmp = f"{ours}{os.getpid()}.tmp"
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(tmp, mode, **text) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e:
+        if e.filename in (None, tmp):  # a full disk names no file
+            e.filename = path
+        raise
+    finally:
+        _remove(tmp)
+
+
+def _alive(pid: str) -> bool:
+    if os.name == "nt":  # there, signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass  # it lives, under another user
+    return True
+
+
+def _remove(path: str) -> None:
+    try:
+        os.remove(path)
+    except FileNotFoundError:
+        pass
+
+
+def tokenizer_path(data_dir: str, vocab_size: int) -> str:
+    """The .model for a vocabulary of `vocab_size` pieces; 0 means the Llama 2 tokenizer."""
+    return os.path.join(data_dir, f"tok{vocab_size}.model" if vocab_size else "tokenizer.model")
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse, except that `-` and `_` in option names are the same and a mistake is one line, exit 1."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        for i, arg in enumerate(argv):
+            if arg == "--":
+                break
+            if arg.startswith("--"):
+                name, equals, value = arg.partition("=")
+                argv[i] = "--" + name[2:].replace("-", "_") + equals + value
+        known, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            sub = getattr(known, "parser", self)  # the stage's own parser, where there are stages
+            names = [name for action in sub._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            sub.error(f"no such option or argument: {unknown[0]}{meant}")
+        return known
+
+    def error(self, message: str):
+        raise SystemExit(f"{message}; see: python {self.prog} --help")
+
+
+class Tokenizer:
+    """A sentencepiece model with Llama's special ids.
+
+    Raises SystemExit, in one line, when `model_path` is missing or is no such model.
+    """
+
+    def __init__(self, model_path: str):
+        self.model_path = model_path
+        try:
+            with open(model_path, "rb") as f:
+                self._proto = f.read()
+        except OSError as e:
+            raise SystemExit(f"no tokenizer {model_path}: {e.strerror}; {how_to_make(model_path)}") from None
+        try:
+            if not self._proto:  # parses as a model of no pieces
+                raise RuntimeError("empty file")
+            self._sp = SentencePieceProcessor(model_proto=self._proto)
+        except RuntimeError:
+            raise SystemExit(f"{model_path} is no sentencepiece model; {how_to_make(model_path)}") from None
+        self.vocab_size: int = self._sp.vocab_size()
+        self.bos_id: int = self._sp.bos_id()
+        self.eos_id: int = self._sp.eos_id()
+        self.pad_id: int = self._sp.pad_id()  # -1: Llama has none
+        if min(self.bos_id, self.eos_id) < 0:
+            raise SystemExit(f"{model_path} has no begin or end piece (<s>, </s>); {how_to_make(model_path)}")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the .model file, as it was loaded: what token shards and checkpoints remember of a tokenizer."""
+        return hashlib.sha256(self._proto).hexdigest()
+
+    def encode(self, s: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Ids of `s`. Half a surrogate pair (JSON's "\\ud83d") is encoded as U+FFFD."""
+        return self._wrap(self._sp.encode(whole(s)), bos, eos)
+
+    def encode_batch(self, texts: list[str], bos: bool = True, eos: bool = False,
+                     num_threads: int = -1) -> list[list[int]]:
+        """Like encode for each text, on `num_threads` threads (-1: every core)."""
+        batch = self._sp.encode([whole(s) for s in texts], num_threads=num_threads)
+        return [self._wrap(ids, bos, eos) for ids in batch]
+
+    def _wrap(self, ids: list[int], bos: bool, eos: bool) -> list[int]:
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; BOS and EOS are silent, bytes that are no UTF-8 become U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"ids {min(ids)}..{max(ids)} outside a vocabulary of {self.vocab_size}")
+        return self._sp.decode(ids)
+
+    def pack(self, s: str) -> bytes:
+        """BOS and the ids of `s` as little-endian uint16: what encode gives, several times faster.
+
+        Stories repeat their words, and a Llama-like vocabulary has no piece that goes on past a space or
+        over the start of a line, so each word can be merged by itself and remembered (see `_WordCache`).
+        """
+        words = s.replace("\n", " \n").split(" ")  # or a line break and what follows it
+        try:
+            return self._packed_bos + b"".join(map(self._words.__getitem__, words))
+        except KeyError:  # a word that isn't the same alone as in its sentence
+            return _uint16(self.encode(s))
+
+    @cached_property
+    def _packed_bos(self) -> bytes:
+        if self.vocab_size > 65536:
+            raise SystemExit(f"{self.model_path} has {self.vocab_size} pieces and token shards hold 65536 at "
+                             "most; train one: python tinystories.py train_vocab --vocab_size=4096")
+        return _uint16([self.bos_id])
+
+    @cached_property
+    def _words(self) -> "_WordCache":
+        return _WordCache(self._sp)
+
+    def export(self, path: str | None = None) -> str:
+        """Write run.c's tokenizer file; returns its path (default: the model's, with .bin as its suffix)."""
+        path = path or os.path.splitext(self.model_path)[0] + ".bin"
+        pieces = [self._sp.id_to_piece(i).replace(SPACE, " ").encode("utf-8") for i in range(self.vocab_size)]
+        pieces[self.bos_id] = b"\n<s>\n"  # llama2.c's spelling: no prompt can contain them by chance
+        pieces[self.eos_id] = b"\n</s>\n"
+        with atomic_write(path) as f:
+            f.write(struct.pack("<I", max(map(len, pieces))))
+            for i, piece in enumerate(pieces):
+                f.write(struct.pack("<fI", self._sp.get_score(i), len(piece)) + piece)
+        return path
+
+
+class _WordCache(dict):
+    """Word → its ids as packed uint16, filled on demand; KeyError for words that need their sentence.
+
+    Exact because byte-pair merges only ever join neighbours that make up a piece: when each piece has its
+    spaces or line break in front, no merge reaches over the start of a word. Spaces in a row can be one
+    piece, so an empty word is refused; so is one that the normalizer would change. Without byte pieces
+    sentencepiece joins neighbouring unknowns, also over a space, so such models are refused whole.
+    """
+
+    LONGEST, MOST = 64, 1 << 18  # characters of a remembered word, words: about 40 MB when full
+
+    def __init__(self, sp: SentencePieceProcessor):
+        super().__init__()
+        self._sp, self._space = sp, sp.piece_to_id(SPACE)
+        pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+        self._usable = (any(map(sp.is_byte, range(len(pieces))))
+                        and all(SPACE not in p.lstrip(SPACE) and "\n" not in p[1:] for p in pieces))
+
+    def __missing__(self, word: str) -> bytes:
+        clean = whole(word)
+        if not self._usable or SPACE in word or self._sp.normalize(clean) != SPACE + clean:
+            raise KeyError(word)
+        ids = self._sp.encode(clean)  # with a space in front, which a line break hasn't
+        if word[0] == "\n" and ids.pop(0) != self._space:
+            raise KeyError(word)
+        packed = _uint16(ids)
+        if len(word) <= self.LONGEST:
+            if len(self) >= self.MOST:
+                self.clear()
+            self[word] = packed
+        return packed
+
+
+def _uint16(ids: list[int]) -> bytes:
+    packed = array("H", ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def whole(s: str) -> str:
+    """`s` with pairs of surrogates joined and halves of a pair replaced, so that it is valid Unicode."""
+    try:
+        s.encode("utf-8")
+    except UnicodeEncodeError:
+        return s.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return s
+
+
+def how_to_make(model_path: str) -> str:
+    """The command that makes the tokenizer a path like data/tok4096.model or data/tokenizer.model names."""
+    folder, name = os.path.split(model_path)
+    size = name.removeprefix("tok").removesuffix(".model")
+    if name == "tokenizer.model":
+        command = "download"
+    elif size.isdigit():
+        command = f"train_vocab --vocab_size={size}"
+    else:
+        return "run: python tinystories.py train_vocab --vocab_size=4096"
+    where = f" --data_dir={folder or '.'}" if folder != "data" else ""
+    return f"run: python tinystories.py {command}{where}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    cli = CommandLine(prog="tokenizer.py", description=__doc__)
+    cli.add_argument("-t", "--tokenizer_model", default="data/tokenizer.model", metavar="MODEL",
+                     help="the sentencepiece model to read (default: %(default)s)")
+    cli.add_argument("-o", "--output", metavar="BIN", help="the file to write (default: MODEL with .bin)")
+    args = cli.parse_args(argv)
+    tokenizer = Tokenizer(args.tokenizer_model)
+    try:
+        path = tokenizer.export(args.output)
+    except OSError as e:
+        raise SystemExit(f"cannot write {e.filename}: {e.strerror}; say where else: --output=FILE") from None
+    print(f"wrote {path}: {tokenizer.vocab_size} pieces; use it: ./run out/model.bin -z {path}")
+
+
+if __name__ == "__main__":
+    main()

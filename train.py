@@ -1,0 +1,581 @@
+"""Train a Llama from scratch, go on with a run, or fine-tune someone's weights.
+
+    python train.py --vocab_source=custom --vocab_size=4096           # on whatever this machine has
+    python train.py --out_dir=out --init_from=resume                  # go on where that run stopped
+    python train.py --init_from=stories.pt --out_dir=tuned            # fine-tune these weights: new optimizer
+    torchrun --standalone --nproc_per_node=8 train.py …               # the same training, shared by 8 processes
+
+In out_dir: ckpt.pt (best validation loss so far) and its model.bin for run.c, last.pt (newest state, what resume
+takes), metrics.jsonl (a line per log step and evaluation).
+Not for: preparing data (tinystories.py), models that need to be split over several devices.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+import types
+import typing
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import datetime
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from export import DEFAULTS, write_bin
+from model import (
+    ModelArgs,
+    Transformer,
+    find_tokenizer,
+    generate,
+    load_checkpoint,
+    model_from_checkpoint,
+    opt,
+    pick_device,
+    save_checkpoint,
+)
+from tinystories import TokenBatches, command, read_meta, token_dir
+from tokenizer import CommandLine, atomic_write
+
+# Tokens that the CPU works on at a time: activations of this many stay in its caches
+CPU_CHUNK_TOKENS = 4096
+# Peak dense bf16 FLOP/s by a part of the device's name, for MFU
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12, "L4": 121e12}
+
+# ----------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class TrainConfig:
+    """How to train. Raises ValueError for values that make no sense."""
+
+    # files
+    out_dir: str = opt("out", "folder for checkpoints, model.bin and metrics.jsonl")
+    data_dir: str = opt("data", "folder of the token shards")
+    init_from: str = opt("scratch", "scratch; resume: go on with the run in out_dir; auto: resume if there is a "
+                         "run, else scratch; or the path of a checkpoint to fine-tune")
+    # evaluation and logging
+    eval_interval: int = opt(2000, "iterations between evaluations; each saves the state")
+    eval_iters: int = opt(100, "batches of validation data to evaluate on, from its start; 0 for all")
+    eval_only: bool = opt(False, "evaluate once and exit")
+    log_interval: int = opt(1, "iterations between lines in metrics.jsonl")
+    always_save_checkpoint: bool = opt(False, "make every evaluation's state ckpt.pt, not only the best")
+    wandb_log: bool = opt(False, "log to Weights & Biases too")
+    wandb_project: str = opt("llamac", "its project")
+    wandb_run_name: str = opt("", "its run name (default: from the date)")
+    tensorboard_log: bool = opt(False, "log to out_dir/tensorboard too")
+    # data
+    batch_size: int = opt(128, "sequences per micro-batch and process")
+    vocab_source: str = opt("llama2", "whose tokenizer made the shards", choices=("llama2", "custom"))
+    # optimizer (AdamW)
+    gradient_accumulation_steps: int = opt(4, "micro-batches per iteration, over all processes")
+    learning_rate: float = opt(5e-4, "highest learning rate")
+    max_iters: int = opt(100000, "iterations in all")
+    weight_decay: float = opt(1e-1, "weight decay of the matrices")
+    beta1: float = opt(0.9, "decay of the mean gradient")
+    beta2: float = opt(0.95, "decay of the mean squared gradient")
+    grad_clip: float = opt(1.0, "longest gradient (2-norm) let through; 0 for any")
+    decay_lr: bool = opt(True, "cosine decay of the learning rate to min_lr, after the warm-up")
+    warmup_iters: int = opt(1000, "iterations of linear warm-up, with decay_lr")
+    lr_decay_iters: int = opt(0, "iteration at which min_lr is reached (default 0: max_iters)")
+    min_lr: float = opt(0.0, "learning rate at the end of the decay")
+    # system
+    device: str = opt("auto", "auto, cpu, cuda, cuda:N or mps; auto takes the best there is")
+    dtype: str = opt("auto", "auto is bfloat16 on CUDA, else float32",
+                     choices=("auto", "float32", "bfloat16", "float16"))
+    compile: str = opt("auto", "torch.compile the model; auto does on CUDA", choices=("auto", "True", "False"))
+    seed: int = opt(1337, "of initial weights, order of data, and dropout")
+
+    def __post_init__(self):
+        for name in ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("eval_iters", "max_iters", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+
+
+# what a resumed run takes from the command line (or the default), not from the run it goes on with
+NOT_INHERITED = {"out_dir", "init_from", "eval_only", "device", "dtype", "compile"}
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise ValueError(text)
+
+
+parse_bool.__name__ = "boolean (True or False)"  # what argparse calls it in its complaint
+
+
+def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict]:
+    """The flags that were given, as (fields of ModelArgs, fields of TrainConfig)."""
+    cli = CommandLine(prog="train.py", description=__doc__, argument_default=dataclasses.MISSING)
+    for config, title in ((ModelArgs, "model"), (TrainConfig, "training")):
+        group = cli.add_argument_group(title)
+        for f in dataclasses.fields(config):
+            kind = typing.get_args(f.type)[0] if isinstance(f.type, types.UnionType) else f.type
+            how = {"type": kind, "metavar": kind.__name__.upper()}
+            if kind is bool:
+                how = {"type": parse_bool, "metavar": "BOOL", "nargs": "?", "const": True}
+            if choices := f.metadata.get("choices"):
+                how = {"choices": choices} | ({"nargs": "?", "const": "True"} if "True" in choices else {})
+            text = f.metadata["help"]
+            if "default" not in text and f.default != "":
+                text += f" (default: {f.default})"
+            group.add_argument("--" + f.name, help=text, default=dataclasses.MISSING, **how)
+    given = {k: v for k, v in vars(cli.parse_args(argv)).items() if v is not dataclasses.MISSING}
+    model_fields = {f.name for f in dataclasses.fields(ModelArgs)}
+    return (
+        {k: v for k, v in given.items() if k in model_fields},
+        {k: v for k, v in given.items() if k not in model_fields},
+    )
+
+
+# ----------------------------------------------------------------------------
+# Metrics
+
+
+class Metrics:
+    """metrics.jsonl, and Weights & Biases and TensorBoard where asked for. Made by rank 0 only."""
+
+    def __init__(self, cfg: TrainConfig, iter_num: int):
+        """Goes on after iteration iter_num: lines a killed run wrote beyond the state it saved are dropped."""
+        self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
+        kept = []
+        if iter_num and os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["iter"] <= iter_num]
+        with atomic_write(self.path, "w") as f:
+            f.writelines(kept)
+        self.wandb = self.tensorboard = None
+        if cfg.wandb_log:
+            if not importlib.util.find_spec("wandb"):
+                raise SystemExit("--wandb_log needs a package; run: pip install wandb")
+            import wandb
+
+            name = cfg.wandb_run_name or datetime.now().strftime("run%Y_%m_%d_%H_%M_%S")
+            self.wandb = wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg))
+        if cfg.tensorboard_log:
+            if not importlib.util.find_spec("tensorboard"):
+                raise SystemExit("--tensorboard_log needs a package; run: pip install tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(os.path.join(cfg.out_dir, "tensorboard"))
+
+    def log(self, iter_num: int, values: dict[str, float]) -> None:
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"iter": iter_num} | values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=iter_num)
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, iter_num)
+
+
+# ----------------------------------------------------------------------------
+# Device and ranks
+
+
+@dataclass
+class Runtime:
+    """Where and with whom this process computes."""
+
+    device: str
+    dtype: torch.dtype  # of matrix products, under autocast
+    compile: bool
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+    def autocast(self):
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.kind, self.dtype)
+
+    def total(self, *values: float | torch.Tensor) -> list[float]:
+        """The sums over all ranks."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        where = self.device if self.kind == "cuda" else "cpu"
+        sums = torch.tensor([float(v) for v in values], dtype=torch.float64, device=where)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+
+def set_up(cfg: TrainConfig) -> Runtime:
+    """Pick device, precision and rank; joins the other processes when torchrun started this one."""
+    world_size, device = int(os.environ.get("WORLD_SIZE", 1)), cfg.device
+    if cfg.gradient_accumulation_steps % world_size:
+        raise SystemExit(f"{world_size} processes cannot share --gradient_accumulation_steps="
+                         f"{cfg.gradient_accumulation_steps}; make it a multiple of {world_size}")
+    if world_size > 1 and pick_device(device.partition(":")[0]) == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(device)
+    kind = device.partition(":")[0]
+    if world_size > 1:
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    if dtype == "float16" and kind != "cuda":
+        raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
+    # without Triton (Windows, say) there is nothing to compile with
+    able = kind == "cuda" and importlib.util.find_spec("triton") is not None
+    compiling = able if cfg.compile == "auto" else cfg.compile == "True"
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products on CUDA
+    return Runtime(device, getattr(torch, dtype), compiling, int(os.environ.get("RANK", 0)), world_size)
+
+
+# ----------------------------------------------------------------------------
+# Model and state
+
+
+def state_files(out_dir: str) -> list[str]:
+    return [path for name in ("last.pt", "ckpt.pt") if os.path.exists(path := os.path.join(out_dir, name))]
+
+
+def find_state(out_dir: str) -> tuple[str, dict]:
+    """Path and content of the newest state in out_dir, which someone may have given a new ckpt.pt."""
+    states = [(path, load_checkpoint(path)) for path in state_files(out_dir)]
+    if not states:
+        raise SystemExit(f"nothing to resume in {out_dir}; to begin, run: python train.py --out_dir={out_dir}")
+    return max(states, key=lambda state: state[1].get("iter_num", 0))
+
+
+def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, dict | None]:
+    """Settings, network (fp32, on the CPU) and the checkpoint to go on from, if any.
+
+    The shape comes from the checkpoint; a flag that contradicts it is an error, and what was not given is taken over.
+    """
+    try:
+        cfg = TrainConfig(**given)
+        if cfg.init_from == "auto":
+            given["init_from"] = cfg.init_from = "resume" if state_files(cfg.out_dir) else "scratch"
+        elif cfg.init_from != "resume" and (there := state_files(cfg.out_dir)) and not cfg.eval_only:
+            raise SystemExit(f"{there[0]} is a run already; go on with it by --init_from=resume, "
+                             f"or choose another --out_dir")
+        if cfg.init_from == "scratch":
+            args = ModelArgs(**model_given)
+            if cfg.vocab_source == "llama2" and args.vocab_size != 32000:
+                raise SystemExit("the Llama 2 tokenizer has 32000 ids; for your own add --vocab_source=custom")
+            torch.manual_seed(cfg.seed)
+            return cfg, Transformer(args), None
+        resume = cfg.init_from == "resume"
+        path, checkpoint = find_state(cfg.out_dir) if resume else (cfg.init_from, load_checkpoint(cfg.init_from))
+        free = {"dropout"} if resume else {"dropout", "max_seq_len"}  # these change no weight's shape
+        model = model_from_checkpoint(checkpoint, path, **{k: v for k, v in model_given.items() if k in free})
+        for name, value in model_given.items():
+            if value != getattr(model.args, name):
+                raise SystemExit(f"--{name}={value} contradicts {path}, where it is {getattr(model.args, name)}; "
+                                 f"leave the flag out, or train anew with --init_from=scratch")
+        names = {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED if resume else {"vocab_source"}
+        taken = {k: v for k, v in checkpoint.get("config", {}).items() if k in names}
+        cfg = TrainConfig(**taken | given)
+    except ValueError as e:
+        raise SystemExit(f"{e}; see: python train.py --help") from None
+    return cfg, model, checkpoint
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig, kind: str) -> torch.optim.AdamW:
+    """AdamW that decays matrices (embedding too) and leaves the norms alone."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = kind in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> bool:
+    """Take over moments, but not hyperparameters: those come from the flags. False if there are none to take."""
+    if not state or not state["state"]:
+        return False
+    ours = optimizer.state_dict()
+    for group, saved in zip(ours["param_groups"], state["param_groups"], strict=True):
+        assert group["params"] == saved["params"]
+    optimizer.load_state_dict(ours | {"state": state["state"]})
+    return True
+
+
+# ----------------------------------------------------------------------------
+# Training
+
+
+def get_lr(cfg: TrainConfig, iter_num: int) -> float:
+    """Learning rate of an iteration: linear warm-up, then half a cosine down to min_lr."""
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if iter_num < cfg.warmup_iters:
+        return cfg.learning_rate * (iter_num + 1) / (cfg.warmup_iters + 1)
+    end = cfg.lr_decay_iters or cfg.max_iters
+    if iter_num >= end:
+        return cfg.min_lr
+    done = (iter_num - cfg.warmup_iters) / (end - cfg.warmup_iters)
+    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[str, float]:
+    """Loss (nats per token), perplexity and bits per byte over a validation set, shared by all ranks."""
+    model.eval()
+    nats, count = 0.0, 0
+    for x, y in batches:
+        size = chunk_rows(x, runtime)
+        for xs, ys in zip(x.split(size), y.split(size), strict=True):
+            valid = int((ys != -1).sum())
+            if valid:
+                with runtime.autocast():
+                    _, loss = model(xs.to(runtime.device), ys.to(runtime.device))
+                nats, count = nats + loss.item() * valid, count + valid
+    model.train()
+    nats, count = runtime.total(nats, count)
+    loss = nats / count
+    bits = loss / math.log(2) / batches.bytes_per_token
+    return {"loss/val": loss, "perplexity/val": math.exp(min(loss, 700)), "bits_per_byte/val": bits}
+
+
+def chunk_rows(x: torch.Tensor, runtime: Runtime) -> int:
+    """How many rows of x (B, T) to feed at a time."""
+    return max(1, CPU_CHUNK_TOKENS // x.shape[1]) if runtime.kind == "cpu" else x.shape[0]
+
+
+def train_step(model, optimizer, scaler, batches: TokenBatches, cfg: TrainConfig, runtime: Runtime, iter_num: int):
+    """One update from gradient_accumulation_steps micro-batches over all ranks.
+
+    Returns this rank's mean loss and the gradient's norm before clipping, as tensors on the device.
+    """
+    steps = cfg.gradient_accumulation_steps // runtime.world_size
+    total = torch.zeros((), device=runtime.device)
+    for micro in range(steps):
+        x, y = next(batches)
+        # dropout of micro-batch k depends on k alone: resuming or sharing it out differently changes nothing
+        k = iter_num * cfg.gradient_accumulation_steps + micro * runtime.world_size + runtime.rank
+        torch.manual_seed(cfg.seed + 1_000_003 * (k + 1))
+        size = chunk_rows(x, runtime)
+        chunks = list(zip(x.split(size), y.split(size), strict=True))
+        for i, (xs, ys) in enumerate(chunks):
+            last = micro == steps - 1 and i == len(chunks) - 1
+            with nullcontext() if last or runtime.world_size == 1 else model.no_sync():
+                with runtime.autocast():
+                    _, loss = model(xs.to(runtime.device), ys.to(runtime.device))
+                loss = loss * (len(xs) / len(x) / steps)
+                scaler.scale(loss).backward()
+            total += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+class Interrupt:
+    """Turns the first Ctrl-C (or SIGTERM, with which clusters end a job) into a request to stop after this step."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame) -> None:
+        self.asked = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+class Pretraining:
+    """A run's moving parts: what a checkpoint holds, and what it takes to make the next step."""
+
+    def __init__(self, cfg: TrainConfig, model: Transformer, checkpoint: dict | None, runtime: Runtime):
+        self.cfg, self.raw_model, self.runtime = cfg, model.to(runtime.device), runtime
+        folder = token_dir(cfg.data_dir, 0 if cfg.vocab_source == "llama2" else model.args.vocab_size)
+        meta = read_meta(folder, model.args.vocab_size)
+        checkpoint = checkpoint or {}
+        trained_with = checkpoint.get("config", {}).get("tokenizer_sha256", meta["tokenizer_sha256"])
+        if trained_with != meta["tokenizer_sha256"]:
+            size = 0 if cfg.vocab_source == "llama2" else model.args.vocab_size
+            raise SystemExit(f"{folder} was made with another tokenizer than the checkpoint; put that one back, "
+                             f"then run: {command('pretokenize', cfg.data_dir, size, '--force')}")
+        self.config = asdict(cfg) | {"tokenizer_sha256": meta["tokenizer_sha256"]}
+        shape = cfg.batch_size, model.args.max_seq_len
+        ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
+        self.batches = TokenBatches(folder, "train", *shape, seed=cfg.seed, **ranks)
+        self.val_batches = TokenBatches(folder, "val", *shape, max_batches=cfg.eval_iters or None, **ranks)
+        self.optimizer = make_optimizer(model, cfg, runtime.kind)
+        self.scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
+        self.iter_num, self.best_val_loss = 0, math.inf
+        self.loss_sum, self.loss_count = 0.0, 0  # of the training losses since the last evaluation
+        self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
+        if cfg.init_from == "resume":
+            self.resume(checkpoint)
+        self.model = torch.compile(self.raw_model) if runtime.compile else self.raw_model
+        self.train_model = self.model
+        if runtime.world_size > 1:
+            ids = [runtime.device] if runtime.kind == "cuda" else None
+            self.train_model = DistributedDataParallel(
+                self.model, ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def resume(self, checkpoint: dict) -> None:
+        self.iter_num = checkpoint.get("iter_num", 0)
+        self.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+        if not load_optimizer(self.optimizer, checkpoint.get("optimizer")) and self.runtime.rank == 0:
+            print("the checkpoint has no optimizer state: its moments start from zero", file=sys.stderr)
+        if "data" in checkpoint:  # one of ours
+            self.batches.load_state_dict(checkpoint["data"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.loss_sum, self.loss_count = checkpoint["train_loss"]
+            self.evaluated = True
+
+    def save(self, best: bool) -> None:
+        """Write last.pt; if best, the same as ckpt.pt, and model.bin. Rank 0 only."""
+        folder = self.cfg.out_dir
+        checkpoint = {
+            "model": self.raw_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "model_args": asdict(self.raw_model.args),
+            "iter_num": self.iter_num,
+            "best_val_loss": self.best_val_loss,
+            "config": self.config,
+            "data": self.batches.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "train_loss": (float(self.loss_sum), self.loss_count),
+        }
+        last, ckpt = os.path.join(folder, "last.pt"), os.path.join(folder, "ckpt.pt")
+        save_checkpoint(last, checkpoint)
+        if best:
+            with atomic_write(ckpt) as f, open(last, "rb") as source:
+                shutil.copyfileobj(source, f)
+            args = self.raw_model.args
+            version = 0 if (args.rope_theta, args.norm_eps) == DEFAULTS else 1
+            write_bin(os.path.join(folder, "model.bin"), args, self.raw_model.state_dict(), version)
+
+    def evaluate(self, metrics: Metrics | None) -> None:
+        """Evaluate, and report; then save, so that a resumed run need not do it again."""
+        scores = evaluate(self.model, self.val_batches, self.runtime)
+        loss = scores["loss/val"]
+        (train_loss,) = self.runtime.total(self.loss_sum / max(self.loss_count, 1) / self.runtime.world_size)
+        best = loss < self.best_val_loss
+        if metrics:
+            before = f"train loss {train_loss:.4f}, " if self.loss_count else ""
+            show(f"step {self.iter_num}: {before}val loss {loss:.4f}, perplexity {scores['perplexity/val']:.3f}, "
+                 f"{scores['bits_per_byte/val']:.4f} bits per byte" + " (best so far)" * best)
+            metrics.log(self.iter_num, scores)
+        self.best_val_loss = min(self.best_val_loss, loss)
+        self.loss_sum, self.loss_count, self.evaluated = 0.0, 0, True
+        if metrics and self.iter_num and not self.cfg.eval_only:
+            self.save(best or self.cfg.always_save_checkpoint)
+
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        lr = get_lr(self.cfg, self.iter_num)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, norm = train_step(
+            self.train_model, self.optimizer, self.scaler, self.batches, self.cfg, self.runtime, self.iter_num
+        )
+        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+        self.iter_num, self.evaluated = self.iter_num + 1, False
+        return loss, norm
+
+
+def show(line: str) -> None:
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def tell_story(run: Pretraining, tokenizer) -> None:
+    """Print a story by the model as it is now, always from the same random numbers."""
+    generator = torch.Generator().manual_seed(run.cfg.seed)
+    (ids,) = generate(run.raw_model, [[tokenizer.bos_id]], 200, generator=generator)
+    show(f"  > {' '.join(tokenizer.decode(ids).split())}")
+
+
+def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
+    """The loop: evaluate when due, stop when asked or done, else take a step. metrics on rank 0 only."""
+    cfg, runtime, interrupt = run.cfg, run.runtime, Interrupt()
+    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * run.raw_model.args.max_seq_len
+    name = torch.cuda.get_device_name(runtime.device) if runtime.kind == "cuda" else ""
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0) * runtime.world_size
+    bar = tqdm(total=cfg.max_iters, initial=run.iter_num, unit="it", disable=None if metrics else True)
+    stop, since, since_iter = False, time.perf_counter(), run.iter_num
+    while True:
+        due = run.iter_num % cfg.eval_interval == 0 or run.iter_num >= cfg.max_iters or cfg.eval_only
+        if due and (not run.evaluated or cfg.eval_only):
+            began = time.perf_counter()
+            run.evaluate(metrics)
+            if tokenizer:
+                tell_story(run, tokenizer)
+            since += time.perf_counter() - began
+        if run.iter_num >= cfg.max_iters or stop or cfg.eval_only:
+            break
+        loss, norm = run.step()
+        bar.update()
+        stop = interrupt.asked and runtime.world_size == 1
+        if run.iter_num % cfg.log_interval == 0:
+            # the ranks stop together: whoever was asked tells the others here
+            mean, asked = runtime.total(loss / runtime.world_size, interrupt.asked)
+            stop, now = asked > 0, time.perf_counter()
+            speed = (run.iter_num - since_iter) * tokens_per_iter / (now - since)
+            since, since_iter = now, run.iter_num
+            values = {"loss/train": mean, "lr": get_lr(cfg, run.iter_num - 1), "grad_norm": norm.item(), "tok/s": speed}
+            if peak:
+                values["mfu"] = speed * run.raw_model.flops_per_token() / peak
+            if metrics:
+                metrics.log(run.iter_num, values)
+                mfu = {"MFU": f"{100 * values['mfu']:.1f}%"} if peak else {}
+                bar.set_postfix({"loss": f"{mean:.4f}", "tok/s": f"{speed:,.0f}"} | mfu)
+    bar.close()
+    if stop and metrics:
+        run.save(best=False)
+        words = [word for word in sys.argv if not word.lstrip("-").startswith(("init_from", "init-from"))]
+        print(f"stopped after iteration {run.iter_num}, saved; to go on: "
+              f"{shlex.join(['python', *words, '--init_from=resume'])}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg, model, checkpoint = configure(*parse_cli(argv))
+    runtime = set_up(cfg)
+    run = Pretraining(cfg, model, checkpoint, runtime)
+    metrics = tokenizer = None
+    if runtime.rank == 0:
+        if run.iter_num >= cfg.max_iters and not cfg.eval_only:
+            print(f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --max_iters", file=sys.stderr)
+        try:
+            os.makedirs(cfg.out_dir, exist_ok=True)
+            metrics = Metrics(cfg, run.iter_num)
+        except OSError as e:
+            raise SystemExit(f"cannot write to {cfg.out_dir}: {e.strerror}; choose another --out_dir") from None
+        try:
+            about = {"config": run.config, "model_args": asdict(model.args)}
+            tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"))
+        except SystemExit as e:
+            print(f"no sample stories: {e}", file=sys.stderr)
+        tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len
+        compiled = ", compiled" * runtime.compile
+        print(f"{model.num_parameters():,} parameters on {runtime.world_size} x {runtime.device}, "
+              f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration")
+    pretrain(run, metrics, tokenizer)
+    if runtime.world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
