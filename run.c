@@ -261,53 +261,41 @@ static const unsigned char *take(Walk *w, size_t a, size_t b, size_t element) {
 
 static const float *take_floats(Walk *w, int n) {
     // aligned: mmap and malloc are, headers are multiples of 4, and in v2 all of these come before the int8 data
-    return (const float *)(const void *)take(w, 1, (size_t)n, sizeof(float));
+    return (const float *)(const void *)take(w, 1, n, sizeof(float));
 }
 
 static Tensor take_tensor(Walk *w, const Config *c, int rows, int cols) {
     Tensor t = {.rows = rows, .cols = cols, .group = c->group_size};
-    size_t r = (size_t)rows, n = (size_t)cols;
     if (t.group == 0) {
-        t.f = (const float *)(const void *)take(w, r, n, sizeof(float));
+        t.f = (const float *)(const void *)take(w, rows, cols, sizeof(float));
     } else {
-        t.q = (const int8_t *)take(w, r, n, 1);
-        t.scale = take(w, r, n / (size_t)t.group, sizeof(float));
+        t.q = (const int8_t *)take(w, rows, cols, 1);
+        t.scale = take(w, rows, cols / t.group, sizeof(float));
     }
     return t;
 }
 
 #define EACH_LAYER(field, value) for (int l = 0; l < c->n_layers; l++) (w->layers[l].field = (value))
 
-static void walk_matrices(Walk *f, const Config *c, Weights *w) {
+static void walk_weights(Walk *f, const Config *c, int version, Weights *w) {
+    const bool v0 = version == 0;  // the later layouts begin with all that stays fp32
+    if (v0) w->tok_embeddings = take_tensor(f, c, c->vocab_size, c->dim);
+    EACH_LAYER(rms_att, take_floats(f, c->dim));
+    if (!v0) {
+        EACH_LAYER(rms_ffn, take_floats(f, c->dim));
+        w->rms_final = take_floats(f, c->dim);
+        w->tok_embeddings = take_tensor(f, c, c->vocab_size, c->dim);
+    }
     EACH_LAYER(wq, take_tensor(f, c, c->dim, c->dim));
     EACH_LAYER(wk, take_tensor(f, c, c->kv_dim, c->dim));
     EACH_LAYER(wv, take_tensor(f, c, c->kv_dim, c->dim));
     EACH_LAYER(wo, take_tensor(f, c, c->dim, c->dim));
-}
-
-static void walk_feed_forward(Walk *f, const Config *c, Weights *w) {
+    if (v0) EACH_LAYER(rms_ffn, take_floats(f, c->dim));
     EACH_LAYER(w1, take_tensor(f, c, c->hidden_dim, c->dim));
     EACH_LAYER(w2, take_tensor(f, c, c->dim, c->hidden_dim));
     EACH_LAYER(w3, take_tensor(f, c, c->hidden_dim, c->dim));
-}
-
-static void walk_weights(Walk *f, const Config *c, int version, Weights *w) {
-    if (version == 0) {
-        w->tok_embeddings = take_tensor(f, c, c->vocab_size, c->dim);
-        EACH_LAYER(rms_att, take_floats(f, c->dim));
-        walk_matrices(f, c, w);
-        EACH_LAYER(rms_ffn, take_floats(f, c->dim));
-        walk_feed_forward(f, c, w);
-        w->rms_final = take_floats(f, c->dim);
-        take(f, (size_t)c->seq_len, (size_t)c->head_size, sizeof(float));  // RoPE tables; we compute our own
-    } else {
-        EACH_LAYER(rms_att, take_floats(f, c->dim));
-        EACH_LAYER(rms_ffn, take_floats(f, c->dim));
-        w->rms_final = take_floats(f, c->dim);
-        w->tok_embeddings = take_tensor(f, c, c->vocab_size, c->dim);
-        walk_matrices(f, c, w);
-        walk_feed_forward(f, c, w);
-    }
+    if (v0) w->rms_final = take_floats(f, c->dim);
+    if (v0) take(f, c->seq_len, c->head_size, sizeof(float));  // RoPE tables; we compute our own
     w->wcls = c->shared_classifier ? w->tok_embeddings : take_tensor(f, c, c->vocab_size, c->dim);
 }
 
@@ -321,7 +309,7 @@ static void refuse_other_formats(const char *path, const File *file) {
         die(path, "this is a PyTorch checkpoint; convert it: python export.py model.bin --checkpoint %s", path);
     }
     if (n >= 4 && !memcmp(d, "GGUF", 4)) die(path, "this is a GGUF file (llama.cpp); run needs a llama2.c .bin model");
-    if (n >= 9 && d[8] == '{' && !d[7]) die(path, "this is a safetensors file; run needs a llama2.c .bin model");
+    if (n >= 10 && !d[7] && !memcmp(d + 8, "{\"", 2)) die(path, "this is a safetensors file; run needs a llama2.c .bin model");
     for (size_t i = 0; i < n; i++) {
         if (d[i] < '\t' || (d[i] > '\r' && d[i] < ' ') || d[i] >= 0xF8) text = false;
     }
@@ -397,10 +385,12 @@ static int read_header(Walk *f, Config *c) {
     return version;
 }
 
-static Activation allocate_activation(int n, const char *what) {
-    size_t count = (size_t)n;
-    return (Activation){allocate(count, 1, sizeof(float), what), allocate(count, 1, 1, what),
-                        allocate(count, 1, sizeof(float), what)};
+static float *floats(size_t a, size_t b) {
+    return allocate(a, b, sizeof(float), "the model's state (a smaller -n needs less)");
+}
+
+static Activation activation(int n) {
+    return (Activation){.f = floats(n, 1), .q = allocate(n, 1, 1, "activations"), .scale = floats(n, 1)};
 }
 
 // float32 throughout, as PyTorch computed the tables the model was trained with
@@ -409,7 +399,7 @@ static void fill_rope(RunState *s, const Config *c) {
         float frequency = 1.0f / powf(c->rope_theta, (float)(2 * i) / (float)c->head_size);
         for (int pos = 0; pos < s->n_positions; pos++) {
             float angle = (float)pos * frequency;
-            float *pair = s->rope + ((size_t)pos * (size_t)(c->head_size / 2) + (size_t)i) * 2;
+            float *pair = s->rope + ((size_t)pos * (c->head_size / 2) + (size_t)i) * 2;
             pair[0] = cosf(angle);
             pair[1] = sinf(angle);
         }
@@ -417,22 +407,16 @@ static void fill_rope(RunState *s, const Config *c) {
 }
 
 static void allocate_state(RunState *s, const Config *c, int n_positions) {
-    size_t positions = (size_t)n_positions, kv = 0;
-    const char *cache = "the key/value cache (a smaller -n needs less)";
-    if (mul_overflows((size_t)c->n_layers, (size_t)c->kv_dim, &kv)) die("", "out of memory for %s", cache);
-    s->n_positions = n_positions;
-    s->x = allocate((size_t)c->dim, 1, sizeof(float), "activations");
-    s->xb = allocate_activation(c->dim, "activations");
-    s->xb2 = allocate((size_t)c->dim, 1, sizeof(float), "activations");
-    s->hb = allocate_activation(c->hidden_dim, "activations");
-    s->hb2 = allocate((size_t)c->hidden_dim, 1, sizeof(float), "activations");
-    s->q = allocate((size_t)c->dim, 1, sizeof(float), "activations");
-    s->k = allocate((size_t)c->kv_dim, 1, sizeof(float), "activations");
-    s->att = allocate(positions, 1, sizeof(float), "attention scores");
-    s->logits = allocate((size_t)c->vocab_size, 1, sizeof(float), "logits");
-    s->key_cache = allocate(positions, kv, sizeof(float), cache);
-    s->value_cache = allocate(positions, kv, sizeof(float), cache);
-    s->rope = allocate(positions, (size_t)c->head_size, sizeof(float), "the RoPE table");
+    const size_t kv = (size_t)c->n_layers * c->kv_dim;  // in range: both were checked
+    *s = (RunState){
+        .n_positions = n_positions,
+        .x = floats(c->dim, 1), .xb = activation(c->dim), .xb2 = floats(c->dim, 1),
+        .hb = activation(c->hidden_dim), .hb2 = floats(c->hidden_dim, 1),
+        .q = floats(c->dim, 1), .k = floats(c->kv_dim, 1), .att = floats(n_positions, 1),
+        .logits = floats(c->vocab_size, 1),
+        .key_cache = floats(n_positions, kv), .value_cache = floats(n_positions, kv),
+        .rope = floats(n_positions, c->head_size),
+    };
     fill_rope(s, c);
 }
 
@@ -442,7 +426,7 @@ static void load_model(Model *m, const char *path, int max_positions) {
     Walk f = {.path = path, .file = &m->file};
     Config *c = &m->config;
     int version = read_header(&f, c);
-    m->weights.layers = allocate((size_t)c->n_layers, 1, sizeof(Layer), "layers");
+    m->weights.layers = allocate(c->n_layers, 1, sizeof(Layer), "layers");
     walk_weights(&f, c, version, &m->weights);
     if (f.at > m->file.size) {
         die(path, "truncated: %zu bytes, but its header describes %zu", m->file.size, f.at);
@@ -503,8 +487,8 @@ static void softmax(float *x, int n) {
 // Rounds each group of x to int8, symmetric, half away from zero. Does nothing for fp32 weights (group 0).
 static void quantize(Activation *x, int n, int group) {
     for (int g = 0; group && g < n / group; g++) {
-        const float *v = x->f + (size_t)g * (size_t)group;
-        int8_t *q = x->q + (size_t)g * (size_t)group;
+        const float *v = x->f + (size_t)g * group;
+        int8_t *q = x->q + (size_t)g * group;
         float max = 0.0f;
         bool finite = true;
         for (int i = 0; i < group; i++) {
@@ -528,12 +512,12 @@ static void quantize(Activation *x, int n, int group) {
 }
 
 static float dot_int8(const Activation *x, const Tensor *w, int row) {
-    const int8_t *q = w->q + (size_t)row * (size_t)w->cols;
+    const int8_t *q = w->q + (size_t)row * w->cols;
     const int n_groups = w->cols / w->group;
-    const unsigned char *scale = w->scale + (size_t)row * (size_t)n_groups * sizeof(float);
+    const unsigned char *scale = w->scale + (size_t)row * n_groups * sizeof(float);
     float sum = 0.0f;
     for (int g = 0; g < n_groups; g++) {
-        const int8_t *a = x->q + (size_t)g * (size_t)w->group, *b = q + (size_t)g * (size_t)w->group;
+        const int8_t *a = x->q + (size_t)g * w->group, *b = q + (size_t)g * w->group;
         int32_t products = 0;
         for (int i = 0; i < w->group; i++) products += (int32_t)a[i] * (int32_t)b[i];
         sum += (float)products * f32_at(scale + (size_t)g * sizeof(float)) * x->scale[g];
@@ -546,12 +530,12 @@ static void matmul(float *restrict out, const Activation *x, const Tensor *w) {
     if (w->group) {
         for (int i = 0; i < w->rows; i++) out[i] = dot_int8(x, w, i);
     } else {
-        for (int i = 0; i < w->rows; i++) out[i] = dot(x->f, w->f + (size_t)i * (size_t)w->cols, w->cols);
+        for (int i = 0; i < w->rows; i++) out[i] = dot(x->f, w->f + (size_t)i * w->cols, w->cols);
     }
 }
 
 static void copy_row(float *restrict out, const Tensor *w, int row) {
-    size_t at = (size_t)row * (size_t)w->cols;
+    size_t at = (size_t)row * w->cols;
     if (!w->group) {
         memcpy(out, w->f + at, (size_t)w->cols * sizeof(float));
         return;
@@ -564,7 +548,7 @@ static void copy_row(float *restrict out, const Tensor *w, int row) {
 // Rotates each pair of neighbours in each head (RoFormer, arXiv 2104.09864) by the angles of one position.
 static void rotate(float *heads, int n_heads, int head_size, const float *rope) {
     for (int h = 0; h < n_heads; h++) {
-        float *v = heads + (size_t)h * (size_t)head_size;
+        float *v = heads + (size_t)h * head_size;
         for (int i = 0; i < head_size; i += 2) {
             float cosine = rope[i], sine = rope[i + 1], a = v[i], b = v[i + 1];
             v[i] = a * cosine - b * sine;
@@ -581,9 +565,9 @@ static void attention(float *out, RunState *s, const Config *c, const float *key
     const float root = sqrtf((float)size);
     float *restrict att = s->att;
     for (int h = 0; h < c->n_heads; h++) {
-        const size_t kv_head = (size_t)(h / queries_per_kv) * (size_t)size;
-        const float *q = s->q + (size_t)h * (size_t)size;
-        float *restrict o = out + (size_t)h * (size_t)size;
+        const size_t kv_head = (size_t)(h / queries_per_kv) * size;
+        const float *q = s->q + (size_t)h * size;
+        float *restrict o = out + (size_t)h * size;
         memset(att, 0, ((size_t)pos + 1) * sizeof(float));
         for (int i = 0; i < size; i++) {
             const float *restrict k = keys + (kv_head + (size_t)i) * row;
@@ -612,22 +596,22 @@ static float *forward(Model *m, int token, int pos, bool want_logits) {
     const Config *c = &m->config;
     RunState *s = &m->state;
     const int group = c->group_size;
-    const float *rope = s->rope + (size_t)pos * (size_t)c->head_size;
+    const float *rope = s->rope + (size_t)pos * c->head_size;
 
     copy_row(s->x, &m->weights.tok_embeddings, token);
     for (int l = 0; l < c->n_layers; l++) {
         const Layer *w = &m->weights.layers[l];
-        const size_t layer = (size_t)l * (size_t)s->n_positions * (size_t)c->kv_dim;
+        const size_t layer = (size_t)l * s->n_positions * (size_t)c->kv_dim;
         float *keys = s->key_cache + layer, *values = s->value_cache + layer;
 
         rmsnorm(s->xb.f, s->x, w->rms_att, c->dim, c->norm_eps);
         quantize(&s->xb, c->dim, group);
         matmul(s->q, &s->xb, &w->wq);
         matmul(s->k, &s->xb, &w->wk);
-        matmul(values + (size_t)pos * (size_t)c->kv_dim, &s->xb, &w->wv);
+        matmul(values + (size_t)pos * c->kv_dim, &s->xb, &w->wv);
         rotate(s->q, c->n_heads, c->head_size, rope);
         rotate(s->k, c->n_kv_heads, c->head_size, rope);
-        for (int i = 0; i < c->kv_dim; i++) keys[(size_t)i * (size_t)s->n_positions + (size_t)pos] = s->k[i];
+        for (int i = 0; i < c->kv_dim; i++) keys[(size_t)i * s->n_positions + (size_t)pos] = s->k[i];
         attention(s->xb.f, s, c, keys, values, pos);
         quantize(&s->xb, c->dim, group);
         matmul(s->xb2, &s->xb, &w->wo);
@@ -1357,7 +1341,7 @@ int main(int argc, char **argv) {
     s.sampler = (Sampler){
         .n = vocab_size, .temperature = o.temperature, .topp = o.topp,
         .rng = o.seed ? o.seed : (uint64_t)time(NULL),  // xorshift never leaves 0
-        .candidates = allocate((size_t)vocab_size, 1, sizeof(Candidate), "the sampler"),
+        .candidates = allocate(vocab_size, 1, sizeof(Candidate), "the sampler"),
     };
     if (o.chat && !o.tokens && !o.logits) {
         bool given = o.prompt && strcmp(o.prompt, "-");  // chat reads stdin anyway

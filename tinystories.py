@@ -604,8 +604,9 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int) -
                          f"(16 bits per token); run: {command('pretokenize', data_dir, 4096)}")
     tokenizer = Tokenizer(tokenizer_path(data_dir, vocab_size))
     if vocab_size not in (0, tokenizer.vocab_size) or tokenizer.vocab_size > MAX_VOCAB:
-        raise SystemExit(f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces, not {vocab_size or 32000}"
-                         "; run: " + command("train_vocab", data_dir, vocab_size or 4096))
+        raise SystemExit(f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces, "
+                         f"not {vocab_size or 32000}; run: "
+                         + command("train_vocab", data_dir, vocab_size or 4096))
     sources = shard_files(data_dir)
     folder = token_dir(data_dir, vocab_size)
     os.makedirs(folder, exist_ok=True)

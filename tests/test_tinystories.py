@@ -446,7 +446,7 @@ def data(tmp_path):
     """A data folder of five shards; the validation shard alone holds the word and letter ß."""
     texts = stories(300)
     texts[3] = "  Two  spaces.\n\n And a  line \n\nbreak.\n  "
-    texts[5] = "In 2023, 2023 was 2023. " * 50
+    texts[5:10] = ["In 2023, 2023 was 2023. " * 50] * 5
     texts[4] = "A lone \ud83d half, a NUL \0, an emoji 😀."
     ts.write_shards([*texts, ""], str(tmp_path / "data"), 5, 1, False)
     path = Path(ts.shard_files(str(tmp_path / "data"))[0])
@@ -619,7 +619,7 @@ def test_pretokenize_notices_killed_processes(tok, tmp_path):
     folder = Path(ts.token_dir(tok, 350))
     slow = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); import tinystories, tokenizer\n"
             "pack = tokenizer.Tokenizer.pack\n"
-            "tokenizer.Tokenizer.pack = lambda self, s: (time.sleep(5e-4), pack(self, s))[1]\n"
+            "tokenizer.Tokenizer.pack = lambda self, s: (time.sleep(4e-3), pack(self, s))[1]\n"
             "tinystories.CHUNK = 1 << 12\n"
             "if __name__ == '__main__': tinystories.main(sys.argv[2:])")
     (tmp_path / "slow.py").write_text(slow)

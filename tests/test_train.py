@@ -1,0 +1,333 @@
+"""train.py: whole runs on a small data folder, compared with brute force and with each other."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, VOCAB, shared_data
+
+import train
+from export import read_bin
+from model import load_checkpoint, model_from_checkpoint
+from train import Runtime, TrainConfig, get_lr, parse_cli
+
+TINY = [
+    "--vocab_source=custom", f"--vocab_size={VOCAB}", "--dim=32", "--n_layers=2", "--n_heads=4", "--n_kv_heads=2",
+    "--multiple_of=8", "--max_seq_len=64", "--batch_size=8", "--gradient_accumulation_steps=2", "--device=cpu",
+    "--learning_rate=1e-2", "--warmup_iters=3", "--eval_interval=4", "--eval_iters=3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def fit(data_dir, tmp_path, capsys):
+    """Runs train.py in this process, in out_dir tmp_path/name; returns what it printed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(name: str, *flags: str) -> str:
+        train.main([*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}", *flags])
+        return "".join(capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, tensors and plain values alike."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state(folder: Path) -> dict:
+    checkpoint = load_checkpoint(folder / "last.pt")
+    del checkpoint["config"]  # holds out_dir and the like
+    return checkpoint
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tok/s"} for line in lines]
+
+
+# ---- command line ----------------------------------------------------------------------------------------
+
+
+def test_flags():
+    model, cfg = parse_cli(["--dim=64", "--always-save-checkpoint", "--decay_lr=False", "--compile", "--beta2", "0.9"])
+    assert model == {"dim": 64}
+    assert cfg == {"always_save_checkpoint": True, "decay_lr": False, "compile": "True", "beta2": 0.9}
+    assert parse_cli(["--eval_only=True", "--compile=False"])[1] == {"eval_only": True, "compile": "False"}
+    assert parse_cli([]) == ({}, {})
+
+
+def test_every_flag_of_llama2c_has_its_default():
+    theirs = {
+        "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 100, "eval_only": False,
+        "always_save_checkpoint": False, "init_from": "scratch", "wandb_log": False, "wandb_project": "llamac",
+        "batch_size": 128, "max_seq_len": 256, "vocab_source": "llama2", "vocab_size": 32000, "dim": 288,
+        "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "multiple_of": 32, "dropout": 0.0,
+        "gradient_accumulation_steps": 4, "learning_rate": 5e-4, "max_iters": 100000, "weight_decay": 1e-1,
+        "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "decay_lr": True, "warmup_iters": 1000,
+    }  # fmt: skip
+    ours = vars(TrainConfig()) | vars(train.ModelArgs())
+    assert theirs.items() <= ours.items()
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [("--batchsize=3", "--batch_size"), ("--dim=big", "--dim"), ("--eval_only=maybe", "boolean"), ("7", "7"),
+     ("--vocab_source=mine", "vocab_source"), ("--batch_size=0", "batch_size=0"), ("--n_heads=5", "n_heads"),
+     ("--vocab_size=512", "--vocab_source=custom"), ("--device=tpu", "--device=cpu"), ("--beta1=1", "beta1"),
+     ("--init_from=no.pt", "no.pt"), ("--init_from=resume", "nothing to resume"), ("--learning_rate=nan", "learning"),
+     ("--dtype=float16", "float16"), ("--data_dir=nowhere", "tinystories.py pretokenize")],
+)  # fmt: skip
+def test_mistakes_are_one_line(flag, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train.main([flag])
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+# ---- parts -----------------------------------------------------------------------------------------------
+
+
+def test_learning_rate():
+    cfg = TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=110, min_lr=0.1)
+    assert get_lr(cfg, 0) == pytest.approx(1 / 11) and get_lr(cfg, 9) == pytest.approx(10 / 11)
+    assert get_lr(cfg, 10) == 1 and get_lr(cfg, 60) == pytest.approx(0.55)
+    assert get_lr(cfg, 35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert get_lr(cfg, 110) == get_lr(cfg, 1000) == 0.1
+    assert get_lr(TrainConfig(decay_lr=False, learning_rate=0.3), 0) == 0.3
+    assert get_lr(TrainConfig(max_iters=0, warmup_iters=0), 0) == 0
+
+
+def test_only_matrices_decay():
+    net = train.Transformer(train.ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=50))
+    decayed, free = train.make_optimizer(net, TrainConfig(weight_decay=0.3), "cpu").param_groups
+    assert decayed["weight_decay"] == 0.3 and free["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(net.parameters()))
+
+
+class Fixed:
+    """Batches from a list."""
+
+    bytes_per_token = 2.5
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __next__(self):
+        return self.batches.pop(0)
+
+
+def random_batches(n: int, seed: int = 0) -> list:
+    g = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, 50, (6, 16), generator=g) for _ in range(2)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("micro_batches, chunk", [(1, 10**9), (1, 32), (3, 10**9), (3, 64)])
+def test_a_step_equals_adamw_by_hand(micro_batches, chunk, monkeypatch):
+    """However the tokens are cut up: the mean gradient, clipped, then the update of Loshchilov and Hutter (2019)."""
+    monkeypatch.setattr(train, "CPU_CHUNK_TOKENS", chunk)
+    torch.manual_seed(0)
+    net = train.Transformer(train.ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=16))
+    cfg = TrainConfig(gradient_accumulation_steps=micro_batches, learning_rate=0.01, grad_clip=0.3, weight_decay=0.2)
+    batches = random_batches(micro_batches)
+    before = {name: p.detach().double() for name, p in net.named_parameters()}
+    x, y = (torch.cat([b[i] for b in batches]) for i in (0, 1))
+    double = train.Transformer(net.args).double()
+    double.load_state_dict(net.state_dict())
+    log_probs = double.output(double.features(x)).log_softmax(-1)
+    expected_loss = -log_probs.gather(-1, y[..., None]).mean()
+    expected_loss.backward()
+    grads = {name: p.grad for name, p in double.named_parameters()}
+    expected_norm = math.sqrt(sum(g.square().sum().item() for g in grads.values()))
+
+    optimizer = train.make_optimizer(net, cfg, "cpu")
+    runtime = Runtime("cpu", torch.float32, False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss, norm = train.train_step(net, optimizer, scaler, Fixed(list(batches)), cfg, runtime, 0)
+    assert abs(loss.item() - expected_loss.item()) < 1e-5 and abs(norm.item() / expected_norm - 1) < 1e-4
+    assert expected_norm > 0.3
+    for name, p in net.named_parameters():
+        g = grads[name] * 0.3 / expected_norm
+        decay = 0.2 if p.dim() == 2 else 0.0
+        expected = before[name] * (1 - 0.01 * decay) - 0.01 * g / (g.abs() + 1e-8)
+        clear = g.abs() > 1e-5  # below, the first step's g / |g| is rounding noise
+        torch.testing.assert_close(p.detach().double()[clear], expected[clear], atol=2e-5, rtol=0)
+
+
+def test_evaluation_weighs_every_token_alike():
+    torch.manual_seed(0)
+    net = train.Transformer(train.ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=16))
+    batches = random_batches(3)
+    batches[2][1][1:] = -1
+    batches[2][1][0, 5:] = -1
+    scores = train.evaluate(net, Fixed(batches), Runtime("cpu", torch.float32, False))
+    nats = []
+    for x, y in batches:
+        log_probs = net(x)[0].detach().double().log_softmax(-1)
+        nats += [-log_probs[b, t, y[b, t]].item() for b in range(6) for t in range(16) if y[b, t] >= 0]
+    assert len(nats) == 2 * 96 + 5
+    assert scores["loss/val"] == pytest.approx(np.mean(nats), abs=1e-5)
+    assert scores["perplexity/val"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+    assert scores["bits_per_byte/val"] == pytest.approx(np.mean(nats) / math.log(2) / 2.5, abs=1e-5)
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_everything(fit, tmp_path, data_dir):
+    out = fit("out", "--max_iters=30", "--eval_interval=10")
+    folder, lines = tmp_path / "out", metrics(tmp_path / "out")
+    assert {"ckpt.pt", "last.pt", "model.bin", "metrics.jsonl"} == {p.name for p in folder.iterdir()}
+    evaluations = [line for line in lines if "loss/val" in line]
+    assert [line["iter"] for line in evaluations] == [0, 10, 20, 30]
+    assert [line["iter"] for line in lines if "loss/train" in line] == list(range(1, 31))
+    assert abs(evaluations[0]["loss/val"] - math.log(VOCAB)) < 0.2
+    assert evaluations[-1]["loss/val"] < evaluations[0]["loss/val"] - 1.5
+    assert len(re.findall(r"^step \d+: .*val loss", out, re.M)) == 4 and out.count("\n  > ") == 4  # sample stories
+    last = load_checkpoint(folder / "last.pt")
+    assert last["iter_num"] == 30 and last["config"]["vocab_source"] == "custom"
+    assert last["best_val_loss"] == min(line["loss/val"] for line in evaluations)
+    _, state = read_bin(str(folder / "model.bin"))
+    assert same(state, dict(model_from_checkpoint(load_checkpoint(folder / "ckpt.pt")).state_dict()))
+    # the final loss, once more from the file and by hand
+    net, meta = model_from_checkpoint(last).eval(), json.loads(Path(data_dir, f"tok{VOCAB}/meta.json").read_text())
+    ids = np.fromfile(Path(data_dir, f"tok{VOCAB}", meta["shards"][0]["name"]), "<u2").astype(np.int64)
+    ids = torch.from_numpy(ids[: 3 * 8 * 64 + 1])
+    with torch.no_grad():
+        logits = net(ids[:-1].view(-1, 64))[0]
+    by_hand = -logits.double().log_softmax(-1).gather(-1, ids[1:].view(-1, 64, 1)).mean().item()
+    assert evaluations[-1]["loss/val"] == pytest.approx(by_hand, abs=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_resumed_equals_uninterrupted_bit_for_bit(fit, tmp_path, dropout):
+    flags = [f"--dropout={dropout}", "--lr_decay_iters=10"]
+    fit("whole", "--max_iters=10", *flags)
+    fit("parts", "--max_iters=6", *flags)
+    assert not same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as f:
+        f.write('{"iter": 7, "loss/train": 0}\n{"iter": 8, "lo')  # as a killed run would leave it
+    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=10", "--device=cpu"])
+    assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    # the shorter run was evaluated at its end as well
+    ends = {6}
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [m for m in parts if not ("loss/val" in m and m["iter"] in ends)] == whole
+
+
+def cli(*flags: object, nproc: int = 0, **how) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
+    command = [sys.executable, *launch, str(ROOT / "train.py"), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+
+
+def test_ctrl_c_saves_and_resume_equals_uninterrupted(fit, tmp_path, data_dir):
+    flags = [*TINY, f"--data_dir={data_dir}", "--max_iters=300", "--eval_interval=150"]
+    process = cli(*flags, f"--out_dir={tmp_path / 'cut'}")
+    log = tmp_path / "cut" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--init_from=resume" in out, out
+    assert 19 < state(tmp_path / "cut")["iter_num"] < 300
+    fit("cut", "--init_from=resume", "--max_iters=300", "--eval_interval=150")
+    # one thread more or less changes the last bit, so compare with a run in this process
+    fit("whole", "--max_iters=300", "--eval_interval=150")
+    assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_two_ranks_equal_one(fit, tmp_path, data_dir):
+    flags = ["--max_iters=6", "--dropout=0.1", "--grad_clip=0.5"]
+    fit("one", *flags)
+    process = cli(*TINY, *flags, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'two'}", nproc=2,
+                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert one["iter_num"] == two["iter_num"] == 6 and one["data"] == two["data"]
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, atol=1e-6, rtol=1e-5)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_one_rank_more_than_there_is_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit, match="multiple of 3"):
+        train.set_up(TrainConfig())
+
+
+def test_fine_tuning_starts_afresh_from_the_weights(fit, tmp_path):
+    fit("base", "--max_iters=8")
+    base = load_checkpoint(tmp_path / "base" / "ckpt.pt")
+    fit("tuned", f"--init_from={tmp_path / 'base' / 'ckpt.pt'}", "--max_iters=4")
+    tuned = load_checkpoint(tmp_path / "tuned" / "last.pt")
+    assert tuned["iter_num"] == 4 and tuned["data"]["windows"] == 4 * 2 * 8
+    first = metrics(tmp_path / "tuned")[0]
+    assert first["iter"] == 0 and first["loss/val"] == pytest.approx(metrics(tmp_path / "base")[-1]["loss/val"])
+    assert all(int(s["step"]) == 4 for s in tuned["optimizer"]["state"].values())
+    assert same(load_checkpoint(tmp_path / "base" / "ckpt.pt"), base)
+
+
+def test_existing_runs_are_safe(fit, tmp_path, data_dir):
+    fit("out", "--max_iters=4")
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    with pytest.raises(SystemExit, match="--init_from=resume"):
+        fit("out", "--max_iters=4")
+    with pytest.raises(SystemExit, match="--dim=64 contradicts"):
+        fit("out", "--init_from=resume", "--dim=64")
+    assert "already" in fit("out", "--init_from=auto", "--max_iters=4")
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert "val loss" in fit("out", "--init_from=resume", "--eval_only")
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    fit("out", "--init_from=auto", "--max_iters=5")
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 5
+
+
+def test_missing_packages_are_named(fit, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    for package in ("wandb", "tensorboard"):
+        with pytest.raises(SystemExit, match=f"pip install {package}"):
+            fit("out", f"--{package}_log")
+
+
+def test_real_weights_on_real_stories(tmp_path, monkeypatch, capsys):
+    """The loss of stories260K on 1.5 MB of TinyStories, as measured independently: 1.375 nats per token."""
+    import shutil
+
+    import tinystories
+
+    story_file, checkpoint = shared_data("tinystories/stories.txt"), shared_data("stories260K/ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    tinystories.main(["import", str(story_file)])
+    shutil.copy(shared_data("stories260K/tok512.model"), "data/tok512.model")
+    tinystories.main(["pretokenize", "--vocab_size=512"])
+    os.makedirs("out")
+    shutil.copy(checkpoint, "out/ckpt.pt")
+    train.main(["--init_from=resume", "--eval_only=True", "--vocab_source=custom", "--vocab_size=512",
+                "--batch_size=8", "--eval_iters=20", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert abs(float(re.search(r"val loss ([\d.]+)", out)[1]) - 1.375) < 0.04
