@@ -1,7 +1,7 @@
 # `make help` lists the targets. PYTHON, CC and CFLAGS can be given: make run CC=clang
 PYTHON ?= python3
 CC ?= cc
-CFLAGS ?= -O3 -Wall -Wextra -Wpedantic
+CFLAGS ?= -O3 -ffp-contract=off -Wall -Wextra -Wpedantic
 VENV = .venv
 PY = $(VENV)/bin/python
 

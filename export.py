@@ -2,15 +2,15 @@
 
     python export.py model.bin --checkpoint=out/ckpt.pt               # v0: fp32, bare header
     python export.py model.bin --checkpoint=out/ckpt.pt --version=1   # v1: fp32, magic and version
-    python export.py model.bin --checkpoint=out/ckpt.pt --version=2   # v2: int8 in groups, a quarter of the size
+    python export.py model.bin --checkpoint=out/ckpt.pt --version=2   # v2: int8, a quarter of the size
     python export.py ckpt.pt --checkpoint=model.bin                   # and back, from any of them
 
 All numbers are little-endian. Matrices are row-major, (output, input), in the order of `tensor_names`.
-v0 starts with 7 int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: the classifier has
-weights of its own, at the end), max_seq_len. v1 and v2 have a 256-byte header: magic "24ka", version, the same 7,
-a byte that says whether the classifier is shared, for v2 the int32 group size; at byte 48 our float32 rope_theta
-and norm_eps, where llama2.c leaves zeros (zero stands for its 10000 and 1e-5). In v2 every tensor but the norms is
-int8 [-127, 127], all of it, then one float32 scale for every group of values.
+v0 starts with 7 int32: dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: the classifier
+has weights of its own, at the end), max_seq_len. v1 and v2 have a 256-byte header: magic "24ka", version,
+the same 7, a byte that says whether the classifier is shared, for v2 the int32 group size; at byte 48 our
+float32 rope_theta and norm_eps, where llama2.c leaves zeros (zero stands for its 10000 and 1e-5). In v2
+every tensor but the norms is int8 [-127, 127], all of it, then one float32 scale for every group of values.
 
 Not for: Hugging Face or GGUF files.
 """
@@ -46,7 +46,13 @@ def tensor_names(version: int, args: ModelArgs) -> list[str]:
     attention = layers("attention.wq", "attention.wk", "attention.wv", "attention.wo")
     feed_forward = layers("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     if version == 0:
-        names = ["tok_embeddings.weight", *layers("attention_norm"), *attention, *layers("ffn_norm"), *feed_forward]
+        names = [
+            "tok_embeddings.weight",
+            *layers("attention_norm"),
+            *attention,
+            *layers("ffn_norm"),
+            *feed_forward,
+        ]
         names += ["norm.weight", "rope_cos", "rope_sin"]
     else:
         names = [*layers("attention_norm", "ffn_norm"), "norm.weight", "tok_embeddings.weight"]
@@ -63,10 +69,16 @@ def tensor_shape(name: str, args: ModelArgs) -> tuple[int, ...]:
     if kind.startswith("rope"):
         return (args.max_seq_len, args.head_dim // 2)
     return {
-        "wq": (args.dim, args.dim), "wk": (kv_dim, args.dim), "wv": (kv_dim, args.dim), "wo": (args.dim, args.dim),
-        "w1": (args.hidden_dim, args.dim), "w2": (args.dim, args.hidden_dim), "w3": (args.hidden_dim, args.dim),
-        "tok_embeddings": (args.vocab_size, args.dim), "output": (args.vocab_size, args.dim),
-    }[kind]  # fmt: skip
+        "wq": (args.dim, args.dim),
+        "wk": (kv_dim, args.dim),
+        "wv": (kv_dim, args.dim),
+        "wo": (args.dim, args.dim),
+        "w1": (args.hidden_dim, args.dim),
+        "w2": (args.dim, args.hidden_dim),
+        "w3": (args.hidden_dim, args.dim),
+        "tok_embeddings": (args.vocab_size, args.dim),
+        "output": (args.vocab_size, args.dim),
+    }[kind]
 
 
 def is_quantized(version: int, name: str) -> bool:
@@ -105,7 +117,9 @@ def fit_group_size(args: ModelArgs, group_size: int) -> int:
 # Writing and reading
 
 
-def write_bin(path: str, args: ModelArgs, state: dict[str, torch.Tensor], version: int = 0, group_size: int = 64) -> float:
+def write_bin(
+    path: str, args: ModelArgs, state: dict[str, torch.Tensor], version: int = 0, group_size: int = 64
+) -> float:
     """Write a model; returns the largest absolute rounding error (0 unless v2).
 
     Raises SystemExit if the version cannot hold this model, OSError if the file cannot be written.
@@ -120,13 +134,17 @@ def write_bin(path: str, args: ModelArgs, state: dict[str, torch.Tensor], versio
         cos, sin = rope_table(args.head_dim, args.max_seq_len, args.rope_theta)
         state = state | {"rope_cos": cos[:, ::2], "rope_sin": sin[:, ::2]}
     else:
-        header = struct.pack("<Ii7iB", MAGIC, version, *shape, args.vocab_size, args.max_seq_len, args.tie_embeddings)
+        header = struct.pack(
+            "<Ii7iB", MAGIC, version, *shape, args.vocab_size, args.max_seq_len, args.tie_embeddings
+        )
         header += struct.pack("<i", group_size) if version == 2 else b""
         theta, eps = (
             0.0 if value == default else value
             for value, default in zip((args.rope_theta, args.norm_eps), DEFAULTS, strict=True)
         )
-        header = (header.ljust(SPARE, b"\0") + struct.pack("<2f", theta, eps)).ljust(HEADER_BYTES[version], b"\0")
+        header = (header.ljust(SPARE, b"\0") + struct.pack("<2f", theta, eps)).ljust(
+            HEADER_BYTES[version], b"\0"
+        )
     error = 0.0
     with atomic_write(path) as f:
         f.write(header)
@@ -153,7 +171,9 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
         raise SystemExit(f"{path} is a model file of version {version}; this program knows 0, 1 and 2")
     if len(raw) < HEADER_BYTES[version]:
         raise SystemExit(f"{path} is no model file: it has only {len(raw)} bytes")
-    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = struct.unpack_from("<7i", raw, offset)
+    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = struct.unpack_from(
+        "<7i", raw, offset
+    )
     tied, group_size = (vocab_size > 0, 1) if version == 0 else struct.unpack_from("<Bi", raw, 36)
     theta, eps = struct.unpack_from("<2f", raw, SPARE) if version else (0.0, 0.0)
     try:
@@ -162,10 +182,17 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
         if n_layers > size or max_seq_len > 2**24:  # before anything is made of that length
             raise ValueError(f"n_layers={n_layers}, max_seq_len={max_seq_len}")
         args = ModelArgs(
-            dim, n_layers, n_heads, n_kv_heads, abs(vocab_size) if version == 0 else vocab_size, hidden_dim,
-            max_seq_len=max_seq_len, rope_theta=theta or DEFAULTS[0], norm_eps=eps or DEFAULTS[1],
+            dim,
+            n_layers,
+            n_heads,
+            n_kv_heads,
+            abs(vocab_size) if version == 0 else vocab_size,
+            hidden_dim,
+            max_seq_len=max_seq_len,
+            rope_theta=theta or DEFAULTS[0],
+            norm_eps=eps or DEFAULTS[1],
             tie_embeddings=bool(tied),
-        )  # fmt: skip
+        )
     except (ValueError, ZeroDivisionError) as e:
         raise SystemExit(f"{path} is no model file: impossible header ({e})") from None
     group_size = group_size if version == 2 else 1
@@ -176,7 +203,9 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
 
 
 def read_bin(path: str) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
-    """Shape and fp32 state dict of a v0, v1 or v2 file. Raises SystemExit for anything else, OSError if unreadable."""
+    """Shape and fp32 state dict of a v0, v1 or v2 file. Raises SystemExit for anything else, OSError if
+    unreadable.
+    """
     with open(path, "rb") as f:
         version, args, group_size = read_header(f, path)
         f.seek(HEADER_BYTES[version])
@@ -202,14 +231,18 @@ def read_any(path: str) -> dict:
                 return load_checkpoint(path)
         args, state = read_bin(path)
     except OSError as e:
-        raise SystemExit(f"cannot read {path}: {e.strerror}; a checkpoint comes from: python train.py") from None
+        raise SystemExit(
+            f"cannot read {path}: {e.strerror}; a checkpoint comes from: python train.py"
+        ) from None
     return {"model": state, "model_args": asdict(args), "config": {}}
 
 
 def main() -> None:
     cli = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("output", help="the file to write: .pt for a checkpoint, else a model for run.c")
-    cli.add_argument("--checkpoint", default="out/ckpt.pt", help="a .pt checkpoint or .bin model; default %(default)s")
+    cli.add_argument(
+        "--checkpoint", default="out/ckpt.pt", help="a .pt checkpoint or .bin model; default %(default)s"
+    )
     cli.add_argument("--version", type=int, choices=HEADER_BYTES, default=0, help="layout, default 0")
     cli.add_argument("--group_size", type=int, default=64, help="v2: values that share a scale, default 64")
     args = cli.parse_args()
@@ -218,7 +251,9 @@ def main() -> None:
     checkpoint = read_any(args.checkpoint)
     model = model_from_checkpoint(checkpoint, args.checkpoint)
     if args.output.endswith(".pt"):
-        save_checkpoint(args.output, checkpoint | {"model": model.state_dict(), "model_args": asdict(model.args)})
+        save_checkpoint(
+            args.output, checkpoint | {"model": model.state_dict(), "model_args": asdict(model.args)}
+        )
         print(f"wrote {args.output}: {model.num_parameters():,} parameters")
         return
     try:
@@ -228,7 +263,9 @@ def main() -> None:
     note = ""
     if args.version == 2:
         used = fit_group_size(model.args, args.group_size)
-        note = f", groups of {used}" + (f" ({args.group_size} does not divide the rows)" * (used != args.group_size))
+        note = f", groups of {used}" + (
+            f" ({args.group_size} does not divide the rows)" * (used != args.group_size)
+        )
         note += f", largest error {error:.2g}"
     print(f"wrote {args.output}: v{args.version}, {os.path.getsize(args.output):,} bytes{note}")
 

@@ -37,7 +37,9 @@ class ModelArgs:
     dim: int = opt(288, "width of the residual stream")
     n_layers: int = opt(6, "number of transformer blocks")
     n_heads: int = opt(6, "number of query heads")
-    n_kv_heads: int | None = opt(None, "number of key/value heads; fewer than n_heads share them (default: n_heads)")
+    n_kv_heads: int | None = opt(
+        None, "number of key/value heads; fewer than n_heads share them (default: n_heads)"
+    )
     vocab_size: int = opt(32000, "number of token ids")
     hidden_dim: int | None = opt(None, "width of the feed-forward layer (default: 8/3 dim, rounded up)")
     multiple_of: int = opt(32, "round the default hidden_dim up to a multiple of this")
@@ -54,7 +56,9 @@ class ModelArgs:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.dim % (2 * self.n_heads):
-            raise ValueError(f"dim={self.dim} must be a multiple of 2*n_heads={2 * self.n_heads} (rotary pairs)")
+            raise ValueError(
+                f"dim={self.dim} must be a multiple of 2*n_heads={2 * self.n_heads} (rotary pairs)"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if not 0 <= self.dropout < 1:
@@ -85,7 +89,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(head_dim: int, length: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * theta^(-2i/head_dim), each (length, head_dim), every angle twice (Su et al. 2021)."""
+    """cos and sin of position * theta^(-2i/head_dim), both (length, head_dim), every angle twice.
+
+    Source: Su et al. 2021, RoFormer.
+    """
     freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
     angles = torch.outer(torch.arange(length), freqs).float()
     return angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
@@ -99,11 +106,12 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 class NarrowCausalAttention(torch.autograd.Function):
-    """Causal attention for narrow heads (D <= 16) on the CPU, forward and backward 2x faster than the stock kernel.
+    """Causal attention for narrow heads (D <= 16) on the CPU, twice as fast as the stock kernel.
 
-    The stock CPU kernel visits the masked half too and multiplies matrices whose *output* is D wide, which BLAS does
-    badly. Here a block of queries meets only the keys before its end, products are laid out with D as the rows,
-    and the probabilities are kept rather than computed again (so the caller feeds few thousand tokens at a time).
+    The stock CPU kernel visits the masked half too and multiplies matrices whose *output* is D wide, which
+    BLAS does badly. Here a block of queries meets only the keys before its end, products are laid out with D
+    as the rows, and the probabilities are kept rather than computed again (so the caller feeds few thousand
+    tokens at a time).
     """
 
     BLOCK = 64
@@ -113,11 +121,13 @@ class NarrowCausalAttention(torch.autograd.Function):
         """q (N, T, G, D), k and v (N, T, D) with N = B*K and G = H/K; returns (N, T, G, D)."""
         N, T, G, D = q.shape
         block = NarrowCausalAttention.BLOCK
-        hidden = torch.full((block, block), -math.inf).triu_(1)[:, None]  # keys after the query, in the last block
+        # keys after the query, in the last block
+        hidden = torch.full((block, block), -math.inf).triu_(1)[:, None]
         out, probs = torch.empty_like(q), []
         for i in range(0, T, block):
             j = min(i + block, T)
-            scores = torch.bmm(q[:, i:j].reshape(N, -1, D) * D**-0.5, k[:, :j].transpose(1, 2))  # (N, (j-i)*G, j)
+            # (N, (j-i)*G, j)
+            scores = torch.bmm(q[:, i:j].reshape(N, -1, D) * D**-0.5, k[:, :j].transpose(1, 2))
             scores.view(N, j - i, G, j)[..., i:].add_(hidden[: j - i, :, : j - i])
             probs.append(scores.softmax(-1))
             mixed = torch.bmm(v[:, :j].transpose(1, 2), probs[-1].transpose(1, 2))  # (N, D, (j-i)*G)
@@ -161,7 +171,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 class KVCache:
     """Keys and values of all layers for B rows of up to S tokens.
 
-    Rows are padded on the left, so that every row writes the same slot: `start` (B,) is each row's first real slot.
+    Rows are padded on the left, so that every row writes the same slot: `start` (B,) is each row's first
+    real slot.
     """
 
     def __init__(self, args: ModelArgs, start: list[int], slots: int, like: torch.Tensor):
@@ -174,12 +185,12 @@ class KVCache:
         self.start = torch.tensor(start, device=like.device)
 
     def positions(self, T: int) -> torch.Tensor:
-        """Positions (B, T), or (1, T) when all rows are alike, of the next T slots; padding counts as position 0."""
+        """Positions of the next T slots, (B, T) or for rows all alike (1, T); padding counts as 0."""
         slots = torch.arange(self.used, self.used + T, device=self.start.device)[None]
         return (slots - self.start[:, None]).clamp(min=0) if self.ragged else slots
 
     def mask(self, T: int) -> torch.Tensor | None:
-        """What the next T slots may see, (B, 1, T, used + T) bool; None if plain causal attention is right."""
+        """What the next T slots may see, (B, 1, T, used + T) bool; None if that is all before them."""
         if not self.ragged and (T == 1 or self.used == 0):
             return None
         slots = torch.arange(self.used + T, device=self.start.device)
@@ -206,7 +217,7 @@ class KVCache:
 
 
 def join_weights(*layers: nn.Linear) -> torch.Tensor:
-    """Stack the weights of layers that read the same input: one wide product is faster than several narrow ones."""
+    """Stack the weights of layers with the same input: one wide product beats several narrow ones."""
     return torch.cat([layer.weight for layer in layers])
 
 
@@ -289,7 +300,9 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 0.02); the projections into the residual stream (wo, w2) get 0.02 / sqrt(2 n_layers), as GPT-2's."""
+        """N(0, 0.02); as in GPT-2, the projections into the residual stream (wo, w2) are drawn from
+        N(0, 0.02 / sqrt(2 n_layers)).
+        """
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 residual = name.endswith(("wo.weight", "w2.weight"))
@@ -314,8 +327,9 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None):
-        """Returns (logits, loss): logits (B, T, vocab_size); loss is the mean negative log-likelihood in nats of
-        targets (B, T), those equal to -1 left out, or None without targets."""
+        """Returns (logits, loss): logits (B, T, vocab_size); loss is the mean negative log-likelihood in
+        nats of targets (B, T), those equal to -1 left out, or None without targets.
+        """
         logits = self.output(self.features(tokens))
         if targets is None:
             return logits, None
@@ -325,7 +339,7 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Forward and backward at full context: 6 per weight and 12 L dim T for attention (PaLM, appendix B)."""
+        """Forward and backward at full context: 6 per weight, 12 L dim T for attention (PaLM, app. B)."""
         a = self.args
         return 6 * self.num_parameters() + 12 * a.n_layers * a.dim * a.max_seq_len
 
@@ -337,7 +351,8 @@ class Transformer(nn.Module):
 def sample(logits: torch.Tensor, u: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
     """Draw one id per row of logits (B, V) by inverse transform of u (B,), uniform in [0, 1); returns (B,).
 
-    temperature 0 is argmax; top_k 0 and top_p 1 are off; top_p keeps the fewest ids whose probability exceeds it.
+    temperature 0 is argmax; top_k 0 and top_p 1 are off; top_p keeps the fewest ids whose probability
+    exceeds it.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -369,11 +384,12 @@ def generate(
     generator: torch.Generator | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Continue every prompt (ids, of any lengths ≥ 1) with its own random numbers; returns the new ids of each.
+    """Continue prompts (ids, of any lengths >= 1), each with its own random numbers; returns the new ids.
 
-    A row ends with the first id of stop_ids (kept in the result), after max_new_tokens, or when prompt and new ids
-    fill max_seq_len; rows that have ended are dropped from the batch. on_token(row, id) is called for each new id.
-    Raises ValueError for an empty prompt or one longer than max_seq_len. The generator lives on the CPU.
+    A row ends with the first id of stop_ids (kept in the result), after max_new_tokens, or when prompt and
+    new ids fill max_seq_len; rows that have ended are dropped from the batch. on_token(row, id) is called
+    for each new id. Raises ValueError for an empty prompt or one longer than max_seq_len. The generator
+    lives on the CPU.
     """
     device, limit = model.rope_cos.device, model.args.max_seq_len
     for prompt in prompts:
@@ -420,7 +436,7 @@ def generate(
 
 
 def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
-    """Write a dict of tensors and plain values; a killed run leaves the old file or the new one, never half."""
+    """Write a dict of tensors and plain values; a killed run leaves the old file or the new one."""
     from tokenizer import atomic_write
 
     with atomic_write(os.fspath(path)) as f:
@@ -434,7 +450,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise SystemExit(f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}")
+        raise SystemExit(
+            f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
@@ -466,7 +484,9 @@ def model_from_checkpoint(checkpoint: dict, path: str | os.PathLike = "checkpoin
         model = Transformer(ModelArgs(**args | changes))
         model.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise SystemExit(f"{path} does not hold the model it describes: {' '.join(str(e).split())[:200]}") from None
+        raise SystemExit(
+            f"{path} does not hold the model it describes: {' '.join(str(e).split())[:200]}"
+        ) from None
     return model
 
 
@@ -475,7 +495,9 @@ def pick_device(name: str = "auto") -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        kind, 0
+    )
     if not (index or "0").isdigit() or int(index or "0") >= count:
         raise SystemExit(f"no device {name} here; try --device={pick_device()}")
     return name
@@ -486,7 +508,7 @@ def pick_device(name: str = "auto") -> str:
 
 
 def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = None):
-    """The Tokenizer a checkpoint was trained with: the named one, else where train.py found it, else beside it."""
+    """The checkpoint's Tokenizer: the named one, else the one train.py used, else one beside it."""
     from tokenizer import Tokenizer, tokenizer_path
 
     config, size = checkpoint.get("config", {}), checkpoint["model_args"]["vocab_size"]
@@ -495,10 +517,16 @@ def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = N
     beside = os.path.join(os.path.dirname(checkpoint_path), os.path.basename(usual))
     tokenizer = Tokenizer(named or (usual if os.path.exists(usual) or not os.path.exists(beside) else beside))
     if tokenizer.vocab_size != size:
-        print(f"warning: {tokenizer.model_path} has {tokenizer.vocab_size} pieces and the model {size}: the text will "
-              f"be noise; try --tokenizer={usual}", file=sys.stderr)
+        print(
+            f"warning: {tokenizer.model_path} has {tokenizer.vocab_size} pieces and the model {size}: "
+            f"the text will be noise; try --tokenizer={usual}",
+            file=sys.stderr,
+        )
     elif config.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
-        print(f"warning: {tokenizer.model_path} is not the tokenizer this model was trained with", file=sys.stderr)
+        print(
+            f"warning: {tokenizer.model_path} is not the tokenizer this model was trained with",
+            file=sys.stderr,
+        )
     return tokenizer
 
 
@@ -510,7 +538,8 @@ class TextStream:
 
     def __call__(self, row: int, token: int) -> None:
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")  # bytes still waiting for the rest of a character
+        # bytes still waiting for the rest of a character
+        text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
         print(text[self.shown :], end="", flush=True)
         self.shown = len(text)
 
@@ -522,14 +551,28 @@ def main() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it does any other
     parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="out/ckpt.pt", help="default: %(default)s")
-    parser.add_argument("--start", default="", help="beginning of the text, or FILE:path to read it from a file")
+    parser.add_argument(
+        "--start", default="", help="beginning of the text, or FILE:path to read it from a file"
+    )
     parser.add_argument("--num_samples", type=int, default=1, help="how many texts, default 1")
-    parser.add_argument("--max_new_tokens", type=int, default=0, help="default: up to the model's max_seq_len")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token, default 1.0")
-    parser.add_argument("--top_k", type=int, default=0, help="sample from the k likeliest tokens only, default off")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that hold this "
-                        "much probability, default off")
-    parser.add_argument("--tokenizer", help="tokenizer .model; default: the one the checkpoint was trained with")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=0, help="default: up to the model's max_seq_len"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0 takes the likeliest token, default 1.0"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="sample from the k likeliest tokens only, default off"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens that hold this much probability, default off",
+    )
+    parser.add_argument(
+        "--tokenizer", help="tokenizer .model; default: the one the checkpoint was trained with"
+    )
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same text; default 1337")
     parser.add_argument("--device", default="auto", help="auto|cpu|cuda|cuda:N|mps, default auto")
     args = parser.parse_args()
@@ -545,16 +588,24 @@ def main() -> None:
     prompt = tokenizer.encode(start, bos=True)
     limit = model.args.max_seq_len
     if len(prompt) >= limit or max(prompt) >= model.args.vocab_size:
-        raise SystemExit(f"--start is {len(prompt)} tokens up to id {max(prompt)}; this model takes fewer than {limit} "
-                         f"tokens of ids below {model.args.vocab_size}")
+        raise SystemExit(
+            f"--start is {len(prompt)} tokens up to id {max(prompt)}; this model takes fewer than {limit} "
+            f"tokens of ids below {model.args.vocab_size}"
+        )
     stream = TextStream(tokenizer, prompt) if args.num_samples == 1 else None
     if stream:
         print(start, end="")
         stream.shown = len(tokenizer.decode(prompt))
     began = time.perf_counter()
     samples = generate(
-        model, [prompt] * args.num_samples, args.max_new_tokens or limit, args.temperature, args.top_k, args.top_p,
-        generator=torch.Generator().manual_seed(args.seed), on_token=stream,
+        model,
+        [prompt] * args.num_samples,
+        args.max_new_tokens or limit,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        generator=torch.Generator().manual_seed(args.seed),
+        on_token=stream,
     )
     seconds = time.perf_counter() - began
     if stream:

@@ -6,9 +6,9 @@
  *   ./run --help
  *
  * Reads the three layouts that export.py writes (and llama2.c's export.py before it): v0 and v1 hold fp32
- * weights, v2 int8 weights in groups that share one fp32 scale. The header says which, the same binary runs all.
- * Nothing in a file is believed before it is checked: sizes are computed with overflow checks and must equal the
- * file's real size, so a damaged file is one line on stderr and exit code 1.
+ * weights, v2 int8 weights in groups that share one fp32 scale. The header says which.
+ * Nothing in a file is believed before it is checked: sizes are computed with overflow checks and must equal
+ * the file's real size, so a damaged file is one line on stderr and exit code 1.
  *
  * Not for: training, other architectures, batches, big-endian machines.
  */
@@ -43,12 +43,12 @@
     #error "model files are little-endian and are used in place: big-endian machines are not supported"
 #endif
 #ifdef __clang__
-    #pragma STDC FP_CONTRACT OFF  // as -ffp-contract=off: a*b+c rounds twice on every machine, the text stays the same
+    #pragma STDC FP_CONTRACT OFF  // as -ffp-contract=off: a*b+c rounds alike on every machine
 #endif
 
 enum { UNK = 0, BOS = 1, EOS = 2 };   // the ids of Llama's special tokens
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Structs
 
 typedef struct {
@@ -108,7 +108,7 @@ typedef struct {
     float *k;            // (n_kv_heads, head_size)
     float *att;          // (n_positions,) one head's scores
     float *logits;       // (vocab_size,)
-    float *key_cache;    // (n_layers, kv_dim, n_positions): scores are computed for all positions side by side
+    float *key_cache;    // (n_layers, kv_dim, n_positions): scores of all positions are computed at once
     float *value_cache;  // (n_layers, n_positions, kv_dim)
     float *rope;         // (n_positions, head_size / 2, 2) cosine and sine
     int n_positions;     // room in the caches, at most seq_len
@@ -133,7 +133,7 @@ typedef struct {      // text by length: it may hold NUL bytes
     size_t len, cap;
 } Text;
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Errors, memory, files
 
 // One line "run: SUBJECT: what is wrong" and exit code 1. The subject is a file or an option.
@@ -163,8 +163,8 @@ static bool mul_overflows(size_t a, size_t b, size_t *product) {
 // Zeroed memory for a * b elements; never returns NULL, not even for 0 of them.
 static void *allocate(size_t a, size_t b, size_t element, const char *what) {
     size_t count, bytes;
-    bool too_big = mul_overflows(a, b, &count) || mul_overflows(count, element, &bytes) || bytes > PTRDIFF_MAX;
-    void *p = too_big ? NULL : calloc(bytes ? bytes : 1, 1);
+    bool overflows = mul_overflows(a, b, &count) || mul_overflows(count, element, &bytes);
+    void *p = !overflows && bytes <= PTRDIFF_MAX ? calloc(bytes ? bytes : 1, 1) : NULL;
     if (!p) die("", "out of memory for %s: %.0f MB", what, (double)a * (double)b * (double)element / 1e6);
     return p;
 }
@@ -237,16 +237,17 @@ static void flush_stdout(void) {
 static int32_t i32_at(const unsigned char *p) { int32_t v; memcpy(&v, p, sizeof v); return v; }
 static float f32_at(const unsigned char *p) { float v; memcpy(&v, p, sizeof v); return v; }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Loading: header, then one walk over the tensors that finds every pointer and the file's exact size
 
 enum { MODEL_MAGIC = 0x616b3432, V0_HEADER = 28, V1_HEADER = 256 };
-enum { MAX_WIDTH = 1 << 24, MAX_LAYERS = 1 << 14, MAX_GROUP = 1 << 16 };  // int8 sums of MAX_GROUP fit in int32
+enum { MAX_WIDTH = 1 << 24, MAX_LAYERS = 1 << 14 };
+enum { MAX_GROUP = 1 << 16 };  // the sum of this many int8 products fits in int32
 
 typedef struct {
     const char *path;
     const File *file;
-    size_t at;    // bytes walked over; goes on past the end of a truncated file, to know the size it should have
+    size_t at;  // bytes walked over; goes on past a truncated file's end, to know the size it should have
 } Walk;
 
 // The next n bytes, or NULL when the file ends before them.
@@ -260,7 +261,7 @@ static const unsigned char *take(Walk *w, size_t a, size_t b, size_t element) {
 }
 
 static const float *take_floats(Walk *w, int n) {
-    // aligned: mmap and malloc are, headers are multiples of 4, and in v2 all of these come before the int8 data
+    // aligned: mmap and malloc are, headers are multiples of 4, and in v2 these come before the int8 data
     return (const float *)(const void *)take(w, 1, n, sizeof(float));
 }
 
@@ -306,10 +307,12 @@ static void refuse_other_formats(const char *path, const File *file) {
     bool text = true;
     if (n == 0) die(path, "the file is empty");
     if (n >= 4 && (!memcmp(d, "PK\3\4", 4) || (d[0] == 0x80 && d[1] >= 2 && d[1] <= 5 && d[2] && d[3]))) {
-        die(path, "this is a PyTorch checkpoint; convert it: python export.py model.bin --checkpoint %s", path);
+        die(path, "this is a PyTorch checkpoint; convert it: "
+            "python export.py model.bin --checkpoint %s", path);
     }
-    if (n >= 4 && !memcmp(d, "GGUF", 4)) die(path, "this is a GGUF file (llama.cpp); run needs a llama2.c .bin model");
-    if (n >= 10 && !d[7] && !memcmp(d + 8, "{\"", 2)) die(path, "this is a safetensors file; run needs a llama2.c .bin model");
+    const char *other = n >= 4 && !memcmp(d, "GGUF", 4) ? "GGUF"
+                      : n >= 10 && !d[7] && !memcmp(d + 8, "{\"", 2) ? "safetensors" : NULL;
+    if (other) die(path, "this is a %s file; run needs a model.bin in llama2.c's format", other);
     for (size_t i = 0; i < n; i++) {
         if (d[i] < '\t' || (d[i] > '\r' && d[i] < ' ') || d[i] >= 0xF8) text = false;
     }
@@ -337,8 +340,9 @@ static void check_config(const char *path, const Config *c) {
     if (c->n_heads % c->n_kv_heads) {
         die(path, "damaged header: %d key/value heads do not divide %d heads", c->n_kv_heads, c->n_heads);
     }
-    if (!(c->rope_theta > 0 && c->rope_theta <= FLT_MAX)) die(path, "damaged header: rope_theta %g", c->rope_theta);
-    if (!(c->norm_eps > 0 && c->norm_eps < 1)) die(path, "damaged header: norm_eps %g", c->norm_eps);
+    const double theta = c->rope_theta, eps = c->norm_eps;
+    if (!(theta > 0 && theta <= FLT_MAX)) die(path, "damaged header: rope_theta %g", theta);
+    if (!(eps > 0 && eps < 1)) die(path, "damaged header: norm_eps %g", eps);
 }
 
 // Reads the version and the config; returns the version.
@@ -347,10 +351,10 @@ static int read_header(Walk *f, Config *c) {
     int version = 0;
     const unsigned char *ints = d;
     refuse_other_formats(f->path, f->file);
-    if (f->file->size < V0_HEADER) die(f->path, "truncated: %zu bytes are too few for a model", f->file->size);
+    if (f->file->size < V0_HEADER) die(f->path, "truncated: %zu bytes are no model", f->file->size);
     if (i32_at(d) == MODEL_MAGIC) {
         version = i32_at(d + 4);
-        if (version < 1 || version > 2) die(f->path, "model version %d; this program knows 0, 1 and 2", version);
+        if (version < 1 || version > 2) die(f->path, "model version %d; run knows 0, 1 and 2", version);
         if (f->file->size < V1_HEADER) die(f->path, "truncated: the file ends inside its header");
         ints = d + 8;
     }
@@ -434,22 +438,24 @@ static void load_model(Model *m, const char *path, int max_positions) {
     if (f.at < m->file.size) {
         die(path, "damaged: %zu bytes, but its header describes only %zu", m->file.size, f.at);
     }
-    allocate_state(&m->state, c, max_positions > 0 && max_positions < c->seq_len ? max_positions : c->seq_len);
+    bool fewer = max_positions > 0 && max_positions < c->seq_len;
+    allocate_state(&m->state, c, fewer ? max_positions : c->seq_len);
 }
 
 static void free_model(Model *m) {
     RunState *s = &m->state;
-    void *buffers[] = {s->x, s->xb.f, s->xb.q, s->xb.scale, s->xb2, s->hb.f, s->hb.q, s->hb.scale, s->hb2, s->q, s->k,
-                       s->att, s->logits, s->key_cache, s->value_cache, s->rope, m->weights.layers};
+    void *buffers[] = {s->x, s->xb.f, s->xb.q, s->xb.scale, s->xb2, s->hb.f, s->hb.q, s->hb.scale,
+                       s->hb2, s->q, s->k, s->att, s->logits, s->key_cache, s->value_cache, s->rope,
+                       m->weights.layers};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     close_file(&m->file);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Kernels
 
 // Sixteen partial sums, added in a fixed order: the compiler may keep them in vector registers without
-// -ffast-math, and every build gives the same bits. All other sums run in llama2.c's order, and to the same bits.
+// -ffast-math, and every build gives the same bits. All other sums run in llama2.c's order, to its bits.
 enum { LANES = 16 };
 
 static float dot(const float *restrict a, const float *restrict b, int n) {
@@ -465,7 +471,7 @@ static float dot(const float *restrict a, const float *restrict b, int n) {
     return sum[0];
 }
 
-static void rmsnorm(float *restrict out, const float *restrict x, const float *restrict weight, int n, float eps) {
+static void rmsnorm(float *restrict out, const float *x, const float *weight, int n, float eps) {
     float squares = 0.0f;
     for (int i = 0; i < n; i++) squares += x[i] * x[i];
     float scale = 1.0f / sqrtf(squares / (float)n + eps);
@@ -551,15 +557,19 @@ static void rotate(float *heads, int n_heads, int head_size, const float *rope) 
         float *v = heads + (size_t)h * head_size;
         for (int i = 0; i < head_size; i += 2) {
             float cosine = rope[i], sine = rope[i + 1], a = v[i], b = v[i + 1];
-            v[i] = a * cosine - b * sine;
-            v[i + 1] = a * sine + b * cosine;
+            // in two steps: seeing a*c - b*s beside a*s + b*c, gcc 12 fuses them in spite of -ffp-contract=off
+            float turned[2] = {a * cosine, a * sine};
+            turned[0] += b * -sine;
+            turned[1] += b * cosine;
+            memcpy(v + i, turned, sizeof turned);
         }
     }
 }
 
-// out (n_heads, head_size): each query head over positions 0..pos of its layer's keys (kv_dim, n_positions) and
-// values (n_positions, kv_dim)
-static void attention(float *out, RunState *s, const Config *c, const float *keys, const float *values, int pos) {
+// out (n_heads, head_size): each query head over positions 0..pos of its layer's keys (kv_dim, n_positions)
+// and values (n_positions, kv_dim)
+static void attention(float *out, RunState *s, const Config *c, const float *keys, const float *values,
+                      int pos) {
     const int size = c->head_size, queries_per_kv = c->n_heads / c->n_kv_heads;
     const size_t row = (size_t)s->n_positions, kv_dim = (size_t)c->kv_dim;
     const float root = sqrtf((float)size);
@@ -587,7 +597,7 @@ static void add(float *restrict x, const float *restrict y, int n) {
     for (int i = 0; i < n; i++) x[i] += y[i];
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Forward
 
 // Feeds one token at pos (all positions before it were fed). Returns the logits (vocab_size,) for the next
@@ -649,7 +659,7 @@ static float *prefill(Model *m, const int *ids, int n, int pos) {
     return logits;
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Tokenizer: sentencepiece BPE from tokN.bin, with the same ids for every input
 
 typedef struct {
@@ -701,13 +711,14 @@ static int parse_byte_piece(const unsigned char *s, int n) {
 
 static _Noreturn void bad_tokenizer(const char *path, const File *file, const char *what, int id) {
     if (file->size > 0 && file->data[0] == '\n') {  // how sentencepiece's protobuf starts
-        die(path, "this is a sentencepiece model; convert it: python tokenizer.py --tokenizer-model=%s", path);
+        die(path, "this is a sentencepiece model; convert it: "
+            "python tokenizer.py --tokenizer-model=%s", path);
     }
     die(path, "not a tokenizer .bin, or damaged: %s (token %d)", what, id);
 }
 
-// Walks the entries {float32 score, uint32 length, bytes}. Counts them when t->piece is still NULL, else stores
-// them. How many there are is what the file holds: the format does not say.
+// Walks the entries {float32 score, uint32 length, bytes}: counts them while t->piece is NULL, else stores.
+// How many there are is what the file holds: the format does not say.
 static int walk_pieces(Tokenizer *t) {
     const File *f = &t->file;
     size_t at = 4;  // skips the longest length, which llama2.c needs and we compute
@@ -752,8 +763,9 @@ static void load_tokenizer(Tokenizer *t, const char *path) {
         if (byte >= 0 && t->byte_id[byte] < 0) t->byte_id[byte] = id;
         // "<s>" or "<0x41>" typed by a user is text: special pieces stay out of the table
         if (id == UNK || id == BOS || id == EOS || byte >= 0 || t->length[id] == 0) continue;
+        if (find_piece(t, t->piece[id], t->length[id]) >= 0) continue;  // of equal pieces, the first counts
         uint32_t slot = hash_bytes(t->piece[id], t->length[id]) & t->mask;
-        while (t->slots[slot] >= 0) slot = (slot + 1) & t->mask;  // of equal pieces, the first is found first
+        while (t->slots[slot] >= 0) slot = (slot + 1) & t->mask;
         t->slots[slot] = id;
         if (t->length[id] > t->max_length) t->max_length = t->length[id];
     }
@@ -812,7 +824,11 @@ static void push_pair(Merger *m, int left, int right) {
     if (id < 0) return;
     Pair pair = {m->tokenizer->score[id], left, right, length};
     int i = m->n_pairs++;
-    for (; i > 0 && pair_before(&pair, &m->heap[(i - 1) / 2]); i = (i - 1) / 2) m->heap[i] = m->heap[(i - 1) / 2];
+    for (int parent; i > 0; i = parent) {
+        parent = (i - 1) / 2;
+        if (!pair_before(&pair, &m->heap[parent])) break;
+        m->heap[i] = m->heap[parent];
+    }
     m->heap[i] = pair;
 }
 
@@ -927,7 +943,7 @@ static void print_token(const Tokenizer *t, int prev, int id) {
     check_stdout();
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Sampler: the same random numbers and the same order of operations as llama2.c, so the same seed tells the
 // same story
 
@@ -992,8 +1008,8 @@ static int sample_topp(Sampler *s, const float *p, float coin) {
     }
     if (n == 0) return argmax(p, s->n);  // flat probabilities and a tiny topp
 
-    // Heap sort from the most likely on, which stops as soon as topp is reached: the chosen end up, most likely
-    // first, at c[n-1], c[n-2], ..., c[n-chosen].
+    // Heap sort from the most likely on, which stops as soon as topp is reached: the chosen end up, most
+    // likely first, at c[n-1], c[n-2], ..., c[n-chosen].
     float sum = 0.0f;
     int chosen = 0;
     for (int i = n / 2 - 1; i >= 0; i--) sift_down(c, i, n);
@@ -1025,7 +1041,7 @@ static int sample(Sampler *s, float *logits) {
     return sample_topp(s, logits, coin);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Generate and chat
 
 typedef struct {
@@ -1052,8 +1068,8 @@ static Tokens encode_prompt(const Session *s, const char *text, size_t n) {
     const int vocab_size = s->model.config.vocab_size, seq_len = s->model.config.seq_len;
     for (int i = 0; i < t.n; i++) {
         if (t.ids[i] >= vocab_size) {
-            die(s->tokenizer.path, "the prompt needs token %d, but the model has only %d; use its own tokenizer (-z)",
-                t.ids[i], vocab_size);
+            die(s->tokenizer.path, "the prompt needs token %d, but the model has only %d; "
+                "use its own tokenizer (-z)", t.ids[i], vocab_size);
         }
     }
     if (t.n > seq_len) {
@@ -1152,7 +1168,7 @@ static void chat(Session *s, const char *first_user, const char *first_system) {
         render_turn(&turn, &system, &user);
         Tokens t = encode_prompt(s, turn.data, turn.len);
         bool fits = t.n <= steps - pos;
-        if (!fits && turns == 0) die("-n", "the first prompt is %d tokens long, but -n allows %d", t.n, steps);
+        if (!fits && turns == 0) die("-n", "the first prompt is %d tokens long, more than %d", t.n, steps);
         if (fits) pos = answer(s, &t, pos);
         free(t.ids);
         if (!fits || pos == steps) {
@@ -1180,16 +1196,17 @@ static void print_tokens(const Session *s, const Text *prompt) {
 static void print_logits(Session *s, const Text *prompt) {
     Tokens t = encode_prompt(s, prompt->data, prompt->len);
     if (t.n > s->model.state.n_positions) die("-n", "the prompt is %d tokens long, more than -n allows", t.n);
+    const int vocab_size = s->model.config.vocab_size;
     for (int pos = 0; pos < t.n; pos++) {
         const float *logits = forward(&s->model, t.ids[pos], pos, true);
-        for (int i = 0; i < s->model.config.vocab_size; i++) printf("%s%.9g", i ? " " : "", (double)logits[i]);
+        for (int i = 0; i < vocab_size; i++) printf("%s%.9g", i ? " " : "", (double)logits[i]);
         putchar('\n');
     }
     flush_stdout();
     free(t.ids);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // Command line
 #ifndef TESTING
 
@@ -1198,7 +1215,8 @@ static const char usage[] =
     "example: run out/model.bin -z data/tok4096.bin -i \"Once upon a time\"\n"
     "\n"
     "  -t, --temperature X   0 is greedy, 1 (default) the model's own probabilities\n"
-    "  -p, --top-p X         sample from the likeliest tokens that together exceed X, default 0.9; 0 or 1 is off\n"
+    "  -p, --top-p X         sample from the likeliest tokens that together exceed X, default 0.9;\n"
+    "                        0 or 1 is off\n"
     "  -s, --seed N          random seed, default the time; 0 is the time, too\n"
     "  -n, --steps N         tokens to run for, prompt included, default 256; 0 is the whole context\n"
     "  -i, --prompt TEXT     text to continue; - reads it from stdin (less one newline at its end)\n"
@@ -1211,7 +1229,7 @@ static const char usage[] =
     "  --tokens              print the prompt's token ids and exit\n"
     "  --logits              print all logits for each position of the prompt and exit\n"
     "\n"
-    "A value follows its option, or its long spelling and a '=': -t 0.5, --temperature 0.5, --temperature=0.5.\n";
+    "A value follows its option, or a long one and '=': -t 0.5, --temperature 0.5, --temperature=0.5\n";
 
 typedef struct {
     const char *model, *prompt, *tokenizer, *system;
@@ -1250,7 +1268,7 @@ static void set_option(Options *o, char key, const char *flag, const char *value
         case 'y': o->system = value; break;
         case 'm':
             o->chat = !strcmp(value, "chat");
-            if (!o->chat && strcmp(value, "generate")) die(flag, "expected generate or chat, got '%s'", value);
+            if (!o->chat && strcmp(value, "generate")) die(flag, "expected generate or chat: '%s'", value);
             break;
         case 'T': o->tokens = true; break;
         case 'L': o->logits = true; break;
@@ -1282,7 +1300,7 @@ static Options parse_options(int argc, char **argv) {
         for (; k < n_known; k++) {
             const char *name = known[k].name;
             if (long_name && strlen(name) == length && !strncmp(arg, name, length)) break;
-            if (length == 2 && arg[1] == known[k].key && arg[1] >= 'a') break;  // capitals have no short spelling
+            if (length == 2 && arg[1] == known[k].key && arg[1] >= 'a') break;  // capitals: long only
         }
         if (k == n_known) die(arg, "unknown option; run --help lists all");
         const char *value = equals ? equals + 1 : NULL;

@@ -2,11 +2,11 @@
 
     python train.py --vocab_source=custom --vocab_size=4096           # on whatever this machine has
     python train.py --out_dir=out --init_from=resume                  # go on where that run stopped
-    python train.py --init_from=stories.pt --out_dir=tuned            # fine-tune these weights: new optimizer
-    torchrun --standalone --nproc_per_node=8 train.py …               # the same training, shared by 8 processes
+    python train.py --init_from=stories.pt --out_dir=tuned            # fine-tune these weights
+    torchrun --standalone --nproc_per_node=8 train.py …               # the same, shared by 8 processes
 
-In out_dir: ckpt.pt (best validation loss so far) and its model.bin for run.c, last.pt (newest state, what resume
-takes), metrics.jsonl (a line per log step and evaluation).
+In out_dir: ckpt.pt (best validation loss so far) and its model.bin for run.c, last.pt (newest state, what
+resume takes), metrics.jsonl (a line per log step and evaluation).
 Not for: preparing data (tinystories.py), models that need to be split over several devices.
 """
 
@@ -63,8 +63,11 @@ class TrainConfig:
     # files
     out_dir: str = opt("out", "folder for checkpoints, model.bin and metrics.jsonl")
     data_dir: str = opt("data", "folder of the token shards")
-    init_from: str = opt("scratch", "scratch; resume: go on with the run in out_dir; auto: resume if there is a "
-                         "run, else scratch; or the path of a checkpoint to fine-tune")
+    init_from: str = opt(
+        "scratch",
+        "scratch; resume: go on with the run in out_dir; auto: resume if there is a "
+        "run, else scratch; or the path of a checkpoint to fine-tune",
+    )
     # evaluation and logging
     eval_interval: int = opt(2000, "iterations between evaluations; each saves the state")
     eval_iters: int = opt(100, "batches of validation data to evaluate on, from its start; 0 for all")
@@ -92,16 +95,27 @@ class TrainConfig:
     min_lr: float = opt(0.0, "learning rate at the end of the decay")
     # system
     device: str = opt("auto", "auto, cpu, cuda, cuda:N or mps; auto takes the best there is")
-    dtype: str = opt("auto", "auto is bfloat16 on CUDA, else float32",
-                     choices=("auto", "float32", "bfloat16", "float16"))
-    compile: str = opt("auto", "torch.compile the model; auto does on CUDA", choices=("auto", "True", "False"))
+    dtype: str = opt(
+        "auto", "auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    compile: str = opt(
+        "auto", "torch.compile the model; auto does on CUDA", choices=("auto", "True", "False")
+    )
     seed: int = opt(1337, "of initial weights, order of data, and dropout")
 
     def __post_init__(self):
         for name in ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("eval_iters", "max_iters", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "seed"):
+        for name in (
+            "eval_iters",
+            "max_iters",
+            "warmup_iters",
+            "learning_rate",
+            "weight_decay",
+            "grad_clip",
+            "seed",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
@@ -156,7 +170,9 @@ class Metrics:
     """metrics.jsonl, and Weights & Biases and TensorBoard where asked for. Made by rank 0 only."""
 
     def __init__(self, cfg: TrainConfig, iter_num: int):
-        """Goes on after iteration iter_num: lines a killed run wrote beyond the state it saved are dropped."""
+        """Goes on after iteration iter_num: lines a killed run wrote beyond the state it saved are
+        dropped.
+        """
         self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
         kept = []
         if iter_num and os.path.exists(self.path):
@@ -224,8 +240,10 @@ def set_up(cfg: TrainConfig) -> Runtime:
     """Pick device, precision and rank; joins the other processes when torchrun started this one."""
     world_size, device = int(os.environ.get("WORLD_SIZE", 1)), cfg.device
     if cfg.gradient_accumulation_steps % world_size:
-        raise SystemExit(f"{world_size} processes cannot share --gradient_accumulation_steps="
-                         f"{cfg.gradient_accumulation_steps}; make it a multiple of {world_size}")
+        raise SystemExit(
+            f"{world_size} processes cannot share --gradient_accumulation_steps="
+            f"{cfg.gradient_accumulation_steps}; make it a multiple of {world_size}"
+        )
     if world_size > 1 and pick_device(device.partition(":")[0]) == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device)
@@ -256,37 +274,50 @@ def find_state(out_dir: str) -> tuple[str, dict]:
     """Path and content of the newest state in out_dir, which someone may have given a new ckpt.pt."""
     states = [(path, load_checkpoint(path)) for path in state_files(out_dir)]
     if not states:
-        raise SystemExit(f"nothing to resume in {out_dir}; to begin, run: python train.py --out_dir={out_dir}")
+        raise SystemExit(
+            f"nothing to resume in {out_dir}; to begin, run: python train.py --out_dir={out_dir}"
+        )
     return max(states, key=lambda state: state[1].get("iter_num", 0))
 
 
 def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, dict | None]:
     """Settings, network (fp32, on the CPU) and the checkpoint to go on from, if any.
 
-    The shape comes from the checkpoint; a flag that contradicts it is an error, and what was not given is taken over.
+    The shape comes from the checkpoint; a flag that contradicts it is an error, and what was not given is
+    taken over.
     """
     try:
         cfg = TrainConfig(**given)
         if cfg.init_from == "auto":
             given["init_from"] = cfg.init_from = "resume" if state_files(cfg.out_dir) else "scratch"
         elif cfg.init_from != "resume" and (there := state_files(cfg.out_dir)) and not cfg.eval_only:
-            raise SystemExit(f"{there[0]} is a run already; go on with it by --init_from=resume, "
-                             f"or choose another --out_dir")
+            raise SystemExit(
+                f"{there[0]} is a run already; go on with it by --init_from=resume, "
+                f"or choose another --out_dir"
+            )
         if cfg.init_from == "scratch":
             args = ModelArgs(**model_given)
             if cfg.vocab_source == "llama2" and args.vocab_size != 32000:
-                raise SystemExit("the Llama 2 tokenizer has 32000 ids; for your own add --vocab_source=custom")
+                raise SystemExit(
+                    "the Llama 2 tokenizer has 32000 ids; for your own add --vocab_source=custom"
+                )
             torch.manual_seed(cfg.seed)
             return cfg, Transformer(args), None
         resume = cfg.init_from == "resume"
-        path, checkpoint = find_state(cfg.out_dir) if resume else (cfg.init_from, load_checkpoint(cfg.init_from))
+        path, checkpoint = (
+            find_state(cfg.out_dir) if resume else (cfg.init_from, load_checkpoint(cfg.init_from))
+        )
         free = {"dropout"} if resume else {"dropout", "max_seq_len"}  # these change no weight's shape
         model = model_from_checkpoint(checkpoint, path, **{k: v for k, v in model_given.items() if k in free})
         for name, value in model_given.items():
             if value != getattr(model.args, name):
-                raise SystemExit(f"--{name}={value} contradicts {path}, where it is {getattr(model.args, name)}; "
-                                 f"leave the flag out, or train anew with --init_from=scratch")
-        names = {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED if resume else {"vocab_source"}
+                raise SystemExit(
+                    f"--{name}={value} contradicts {path}, where it is {getattr(model.args, name)}; "
+                    f"leave the flag out, or train anew with --init_from=scratch"
+                )
+        names = (
+            {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED if resume else {"vocab_source"}
+        )
         taken = {k: v for k, v in checkpoint.get("config", {}).items() if k in names}
         cfg = TrainConfig(**taken | given)
     except ValueError as e:
@@ -306,7 +337,9 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig, kind: str) -> torch.optim
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> bool:
-    """Take over moments, but not hyperparameters: those come from the flags. False if there are none to take."""
+    """Take over moments, but not hyperparameters: those come from the flags. False if there are none to
+    take.
+    """
     if not state or not state["state"]:
         return False
     ours = optimizer.state_dict()
@@ -358,7 +391,9 @@ def chunk_rows(x: torch.Tensor, runtime: Runtime) -> int:
     return max(1, CPU_CHUNK_TOKENS // x.shape[1]) if runtime.kind == "cpu" else x.shape[0]
 
 
-def train_step(model, optimizer, scaler, batches: TokenBatches, cfg: TrainConfig, runtime: Runtime, iter_num: int):
+def train_step(
+    model, optimizer, scaler, batches: TokenBatches, cfg: TrainConfig, runtime: Runtime, iter_num: int
+):
     """One update from gradient_accumulation_steps micro-batches over all ranks.
 
     Returns this rank's mean loss and the gradient's norm before clipping, as tensors on the device.
@@ -389,7 +424,9 @@ def train_step(model, optimizer, scaler, batches: TokenBatches, cfg: TrainConfig
 
 
 class Interrupt:
-    """Turns the first Ctrl-C (or SIGTERM, with which clusters end a job) into a request to stop after this step."""
+    """Turns the first Ctrl-C (or SIGTERM, with which clusters end a job) into a request to stop after this
+    step.
+    """
 
     def __init__(self):
         self.asked = False
@@ -412,8 +449,10 @@ class Pretraining:
         trained_with = checkpoint.get("config", {}).get("tokenizer_sha256", meta["tokenizer_sha256"])
         if trained_with != meta["tokenizer_sha256"]:
             size = 0 if cfg.vocab_source == "llama2" else model.args.vocab_size
-            raise SystemExit(f"{folder} was made with another tokenizer than the checkpoint; put that one back, "
-                             f"then run: {command('pretokenize', cfg.data_dir, size, '--force')}")
+            raise SystemExit(
+                f"{folder} was made with another tokenizer than the checkpoint; put that one back, "
+                f"then run: {command('pretokenize', cfg.data_dir, size, '--force')}"
+            )
         self.config = asdict(cfg) | {"tokenizer_sha256": meta["tokenizer_sha256"]}
         shape = cfg.batch_size, model.args.max_seq_len
         ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
@@ -476,8 +515,11 @@ class Pretraining:
         best = loss < self.best_val_loss
         if metrics:
             before = f"train loss {train_loss:.4f}, " if self.loss_count else ""
-            show(f"step {self.iter_num}: {before}val loss {loss:.4f}, perplexity {scores['perplexity/val']:.3f}, "
-                 f"{scores['bits_per_byte/val']:.4f} bits per byte" + " (best so far)" * best)
+            show(
+                f"step {self.iter_num}: {before}val loss {loss:.4f}, "
+                f"perplexity {scores['perplexity/val']:.3f}, "
+                f"{scores['bits_per_byte/val']:.4f} bits per byte" + " (best so far)" * best
+            )
             metrics.log(self.iter_num, scores)
         self.best_val_loss = min(self.best_val_loss, loss)
         self.loss_sum, self.loss_count, self.evaluated = 0.0, 0, True
@@ -535,7 +577,12 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             stop, now = asked > 0, time.perf_counter()
             speed = (run.iter_num - since_iter) * tokens_per_iter / (now - since)
             since, since_iter = now, run.iter_num
-            values = {"loss/train": mean, "lr": get_lr(cfg, run.iter_num - 1), "grad_norm": norm.item(), "tok/s": speed}
+            values = {
+                "loss/train": mean,
+                "lr": get_lr(cfg, run.iter_num - 1),
+                "grad_norm": norm.item(),
+                "tok/s": speed,
+            }
             if peak:
                 values["mfu"] = speed * run.raw_model.flops_per_token() / peak
             if metrics:
@@ -546,8 +593,11 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     if stop and metrics:
         run.save(best=False)
         words = [word for word in sys.argv if not word.lstrip("-").startswith(("init_from", "init-from"))]
-        print(f"stopped after iteration {run.iter_num}, saved; to go on: "
-              f"{shlex.join(['python', *words, '--init_from=resume'])}", file=sys.stderr)
+        print(
+            f"stopped after iteration {run.iter_num}, saved; to go on: "
+            f"{shlex.join(['python', *words, '--init_from=resume'])}",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -557,12 +607,17 @@ def main(argv: list[str] | None = None) -> None:
     metrics = tokenizer = None
     if runtime.rank == 0:
         if run.iter_num >= cfg.max_iters and not cfg.eval_only:
-            print(f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --max_iters", file=sys.stderr)
+            print(
+                f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --max_iters",
+                file=sys.stderr,
+            )
         try:
             os.makedirs(cfg.out_dir, exist_ok=True)
             metrics = Metrics(cfg, run.iter_num)
         except OSError as e:
-            raise SystemExit(f"cannot write to {cfg.out_dir}: {e.strerror}; choose another --out_dir") from None
+            raise SystemExit(
+                f"cannot write to {cfg.out_dir}: {e.strerror}; choose another --out_dir"
+            ) from None
         try:
             about = {"config": run.config, "model_args": asdict(model.args)}
             tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"))
@@ -570,8 +625,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"no sample stories: {e}", file=sys.stderr)
         tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len
         compiled = ", compiled" * runtime.compile
-        print(f"{model.num_parameters():,} parameters on {runtime.world_size} x {runtime.device}, "
-              f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration")
+        print(
+            f"{model.num_parameters():,} parameters on {runtime.world_size} x {runtime.device}, "
+            f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration"
+        )
     pretrain(run, metrics, tokenizer)
     if runtime.world_size > 1:
         dist.destroy_process_group()

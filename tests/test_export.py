@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +43,9 @@ def by_hand(net: Transformer, version: int, group_size: int = 0) -> bytes:
     last = [] if a.tie_embeddings else [w["output.weight"]]
     floats = lambda tensors: b"".join(t.astype("<f4").tobytes() for t in tensors)  # noqa: E731
     if version == 0:
-        head = struct.pack("<7i", *sizes[:5], a.vocab_size if a.tie_embeddings else -a.vocab_size, a.max_seq_len)
+        head = struct.pack(
+            "<7i", *sizes[:5], a.vocab_size if a.tie_embeddings else -a.vocab_size, a.max_seq_len
+        )
         half = a.dim // a.n_heads // 2
         angles = np.arange(a.max_seq_len)[:, None] / 10000.0 ** (np.arange(half)[None] / half)
         tables = [np.cos(angles), np.sin(angles)]
@@ -76,7 +79,7 @@ def test_bytes_equal_the_description_and_read_back(version, shape, tmp_path):
             write_bin(path, net.args, net.state_dict(), 0)
         return
     error = write_bin(path, net.args, net.state_dict(), version, group_size=64)
-    got = open(path, "rb").read()
+    got = Path(path).read_bytes()
     expected = by_hand(net, version, group_size=32)
     if version == 0:  # numpy's cosines differ from torch's in the last bit: compare those as numbers
         assert got[:28] == expected[:28]
@@ -84,7 +87,11 @@ def test_bytes_equal_the_description_and_read_back(version, shape, tmp_path):
     else:
         assert got == expected
     args, state = read_bin(path)
-    same = asdict(args) | {"multiple_of": 0, "rope_theta": round(args.rope_theta), "norm_eps": round(args.norm_eps, 9)}
+    same = asdict(args) | {
+        "multiple_of": 0,
+        "rope_theta": round(args.rope_theta),
+        "norm_eps": round(args.norm_eps, 9),
+    }
     assert same == asdict(net.args) | {"multiple_of": 0}
     assert state.keys() == net.state_dict().keys()
     worst = max((state[k] - v).abs().max().item() for k, v in net.state_dict().items())
@@ -119,10 +126,15 @@ def test_damaged_files_are_one_clear_line(tmp_path):
         good = path.read_bytes()
         at = 0 if version == 0 else 8
         bad = {
-            "cut": good[:-1], "longer": good + b"\0", "header": good[:20], "empty": b"", "half": good[: len(good) // 2],
-            "text": b"Once upon a time, there was a little girl." * 9, "gguf": b"GGUF" + bytes(300),
+            "cut": good[:-1],
+            "longer": good + b"\0",
+            "header": good[:20],
+            "empty": b"",
+            "half": good[: len(good) // 2],
+            "text": b"Once upon a time, there was a little girl." * 9,
+            "gguf": b"GGUF" + bytes(300),
             "version": struct.pack("<Ii", 0x616B3432, 7) + good[8:],
-        }  # fmt: skip
+        }
         for i in range(7):
             for value in (0, -5, 2**31 - 1, 3):
                 if (i, value) == (6, 3) and version:  # a shorter context is as good as any
@@ -161,9 +173,14 @@ def test_cli_to_bin_and_back(tmp_path):
 
 @pytest.mark.parametrize(
     "args, message",
-    [(["m.bin", "--checkpoint=none.pt"], "train.py"), (["m.bin", "--checkpoint=none.bin"], "none.bin"),
-     (["m.bin", "--version=9"], "--version"), (["m.bin", "--group_size=0"], "group_size"), ([], "output")],
-)  # fmt: skip
+    [
+        (["m.bin", "--checkpoint=none.pt"], "train.py"),
+        (["m.bin", "--checkpoint=none.bin"], "none.bin"),
+        (["m.bin", "--version=9"], "--version"),
+        (["m.bin", "--group_size=0"], "group_size"),
+        ([], "output"),
+    ],
+)
 def test_mistakes(args, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["export.py", *args])

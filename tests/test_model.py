@@ -14,7 +14,15 @@ from conftest import ROOT, shared_data
 import model as M
 from model import ModelArgs, Transformer, generate, sample
 
-TINY = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61, "multiple_of": 8, "max_seq_len": 48}
+TINY = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 61,
+    "multiple_of": 8,
+    "max_seq_len": 48,
+}
 
 
 def make(seed: int = 0, scale: float = 6.0, **changes) -> Transformer:
@@ -35,26 +43,38 @@ def tokens(*shape: int, seed: int = 1, vocab: int = 61) -> torch.Tensor:
 
 
 def hugging_face(net: Transformer):
-    """The same weights in transformers' LlamaForCausalLM, whose rotary pairs are (i, i + D/2), not (2i, 2i + 1)."""
+    """The same weights in transformers' LlamaForCausalLM, whose rotary pairs are (i, i + D/2), not (2i, 2i
+    + 1).
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     a = net.args
     config = LlamaConfig(
-        hidden_size=a.dim, intermediate_size=a.hidden_dim, num_hidden_layers=a.n_layers, vocab_size=a.vocab_size,
-        num_attention_heads=a.n_heads, num_key_value_heads=a.n_kv_heads, rms_norm_eps=a.norm_eps,
-        max_position_embeddings=a.max_seq_len, rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
+        hidden_size=a.dim,
+        intermediate_size=a.hidden_dim,
+        num_hidden_layers=a.n_layers,
+        vocab_size=a.vocab_size,
+        num_attention_heads=a.n_heads,
+        num_key_value_heads=a.n_kv_heads,
+        rms_norm_eps=a.norm_eps,
+        max_position_embeddings=a.max_seq_len,
+        rope_parameters={"rope_type": "default", "rope_theta": a.rope_theta},
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     theirs = LlamaForCausalLM(config).eval()
 
     def halves(w: torch.Tensor) -> torch.Tensor:
         return w.view(-1, a.head_dim // 2, 2, a.dim).transpose(1, 2).reshape(w.shape)
 
     names = {
-        "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm",
-    }  # fmt: skip
+    }
     state = {
         "model.embed_tokens.weight": net.tok_embeddings.weight,
         "model.norm.weight": net.norm.weight,
@@ -65,16 +85,24 @@ def hugging_face(net: Transformer):
         for name, their_name in names.items():
             state[f"model.layers.{i}.{their_name}.weight"] = ours[name + ".weight"]
         for name, their_name in (("wq", "q_proj"), ("wk", "k_proj")):
-            state[f"model.layers.{i}.self_attn.{their_name}.weight"] = halves(ours[f"attention.{name}.weight"])
+            state[f"model.layers.{i}.self_attn.{their_name}.weight"] = halves(
+                ours[f"attention.{name}.weight"]
+            )
     theirs.load_state_dict(state)
     return theirs
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": False}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"rope_theta": 500.0, "norm_eps": 1e-2},
-     {"dim": 80, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 100}],
-)  # fmt: skip
+    [
+        {},
+        {"tie_embeddings": False},
+        {"n_kv_heads": 4},
+        {"n_kv_heads": 1},
+        {"rope_theta": 500.0, "norm_eps": 1e-2},
+        {"dim": 80, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 100},
+    ],
+)
 def test_logits_equal_transformers(changes):
     net = make(**changes)
     x = tokens(3, 40)
@@ -91,7 +119,9 @@ def test_loss_is_mean_negative_log_likelihood_without_ignored_targets():
     y[0, 3:] = -1
     logits, loss = net(x, y)
     log_probs = logits.detach().double().log_softmax(-1)
-    expected = np.mean([-log_probs[b, t, y[b, t]].item() for b in range(2) for t in range(9) if y[b, t] != -1])
+    expected = np.mean(
+        [-log_probs[b, t, y[b, t]].item() for b in range(2) for t in range(9) if y[b, t] != -1]
+    )
     assert abs(loss.item() - expected) < 1e-5
 
 
@@ -115,8 +145,10 @@ def test_narrow_attention_and_its_gradients_equal_brute_force(T, monkeypatch):
     k, v = (torch.randn(2, T, 3, 4, generator=g, dtype=torch.float64) for _ in range(2))
     weight = torch.randn(2, T, 6, 4, generator=g, dtype=torch.float64)
     expected, got = [], []
-    for function, dtype, results in ((brute_force_attention, torch.float64, expected),
-                                     (M.causal_attention, torch.float32, got)):
+    for function, dtype, results in (
+        (brute_force_attention, torch.float64, expected),
+        (M.causal_attention, torch.float32, got),
+    ):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
         out = function(*leaves)
         (out * weight.to(dtype)).sum().backward()
@@ -139,7 +171,12 @@ def test_attention_stays_on_the_fast_path(dropout, monkeypatch):
     net(tokens(2, 9), tokens(2, 9))
     assert len(calls) == 2
     for args, kwargs in calls:
-        assert not args and kwargs["is_causal"] and not kwargs.get("dropout_p") and kwargs.get("attn_mask") is None
+        assert (
+            not args
+            and kwargs["is_causal"]
+            and not kwargs.get("dropout_p")
+            and kwargs.get("attn_mask") is None
+        )
 
 
 def test_dropout_only_in_training():
@@ -172,9 +209,15 @@ def test_bfloat16_autocast_is_close():
 
 @pytest.mark.parametrize(
     "bad, message",
-    [({"n_heads": 3}, "n_heads"), ({"n_kv_heads": 3}, "n_kv_heads"), ({"dim": 0}, "dim"), ({"dropout": 1.0}, "dropout"),
-     ({"dim": 12, "n_heads": 4}, "2\\*n_heads"), ({"vocab_size": -1}, "vocab_size")],
-)  # fmt: skip
+    [
+        ({"n_heads": 3}, "n_heads"),
+        ({"n_kv_heads": 3}, "n_kv_heads"),
+        ({"dim": 0}, "dim"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dim": 12, "n_heads": 4}, "2\\*n_heads"),
+        ({"vocab_size": -1}, "vocab_size"),
+    ],
+)
 def test_impossible_shapes(bad, message):
     with pytest.raises(ValueError, match=message):
         ModelArgs(**TINY | bad)
@@ -225,8 +268,14 @@ def test_rows_end_by_themselves_and_do_not_disturb_others():
 def test_generation_respects_the_context_and_reports_each_token():
     net = make()
     seen = {0: [], 1: []}
-    rows = generate(net, [[3] * 40, [4] * 47], 100, stop_ids=(), generator=torch.Generator().manual_seed(0),
-                    on_token=lambda row, token: seen[row].append(token))
+    rows = generate(
+        net,
+        [[3] * 40, [4] * 47],
+        100,
+        stop_ids=(),
+        generator=torch.Generator().manual_seed(0),
+        on_token=lambda row, token: seen[row].append(token),
+    )
     assert [len(row) for row in rows] == [8, 1] and [seen[0], seen[1]] == rows
     assert generate(net, [[3] * 48], 5) == [[]]
     assert generate(net, [], 5) == []
@@ -242,7 +291,8 @@ def test_same_generator_same_text_and_training_mode_comes_back():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 7, "top_p": 0.9, "temperature": 2.0}]
+    "options",
+    [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 7, "top_p": 0.9, "temperature": 2.0}],
 )
 def test_sampling_follows_the_distribution(options):
     logits = torch.randn(1, 13, generator=torch.Generator().manual_seed(0)) * 2
@@ -281,10 +331,17 @@ def checkpoint_of(net: Transformer, **more) -> dict:
 def test_checkpoint_round_trip_and_foreign_prefixes(tmp_path):
     net, path = make(), tmp_path / "ckpt.pt"
     state = {"_orig_mod." + k: v for k, v in net.state_dict().items()}
-    args = {k: TINY[k] for k in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")}
+    args = {
+        k: TINY[k]
+        for k in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len")
+    }
     M.save_checkpoint(path, {"model": state, "model_args": args | {"dropout": 0.0}})  # as llama2.c writes it
     again = M.model_from_checkpoint(M.load_checkpoint(path), dropout=0.2)
-    assert again.args.dropout == 0.2 and again.args.tie_embeddings and again.output.weight is again.tok_embeddings.weight
+    assert (
+        again.args.dropout == 0.2
+        and again.args.tie_embeddings
+        and again.output.weight is again.tok_embeddings.weight
+    )
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 
 
@@ -307,8 +364,11 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path, capsys):
     M.save_checkpoint(good, checkpoint_of(make()))
     whole = good.read_bytes()
     contents = {
-        "attack": pickle.dumps(Attack()), "cut": whole[: len(whole) // 2], "empty": b"", "text": b"Once upon a time",
-    }  # fmt: skip
+        "attack": pickle.dumps(Attack()),
+        "cut": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"Once upon a time",
+    }
     for name, content in contents.items():
         path.write_bytes(content)
         with pytest.raises(SystemExit, match="ckpt.pt") as e:
@@ -350,18 +410,22 @@ def test_devices():
 # ---- command line ----------------------------------------------------------------------------------------
 
 LILY = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
-    "big, red ball. She wanted to play with it, but it was too high."
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+    "One day, she saw a big, red ball. She wanted to play with it, but it was too high."
 )
 
 
 def run_cli(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "model.py", *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "model.py", *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_real_weights_tell_lilys_story():
     done = run_cli("--checkpoint", shared_data("stories260K/ckpt.pt"), "--temperature=0")
-    assert done.stdout.startswith(LILY) and done.stdout.endswith('"Thank you, Lily! You are a good friend."\n'), done.stderr
+    assert done.stdout.startswith(LILY) and done.stdout.endswith(
+        '"Thank you, Lily! You are a good friend."\n'
+    ), done.stderr
 
 
 def test_cli_samples_and_mistakes(tmp_path, data_dir):
@@ -375,10 +439,11 @@ def test_cli_samples_and_mistakes(tmp_path, data_dir):
     assert one.returncode == 0 and one.stdout == again.stdout and one.stdout.startswith("One day"), one.stderr
     assert three.stdout.count("One day") == 3 and three.stdout.count("-----") == 2 * 3
     for wrong, message in (
-        (["--checkpoint", "no.pt"], "train.py"), (["--temprature=1"], "--temperature"),
+        (["--checkpoint", "no.pt"], "train.py"),
+        (["--temprature=1"], "--temperature"),
         (["--checkpoint", path, "--start", "word " * 99], "fewer than 48"),
         (["--checkpoint", path, "--start=FILE:/no"], "FILE:/no"),
         (["--checkpoint", path, "--tokenizer=/no.model"], "/no.model"),
-    ):  # fmt: skip
+    ):
         done = run_cli(*wrong)
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,14 +1,15 @@
-"""Tests of run.c: logits, tokens, sampling and text against independent implementations written here, and every
-broken file, prompt and flag we know of on a build with the address and undefined-behaviour sanitizers.
+"""Tests of run.c: logits, tokens, sampling and text against independent implementations written here, and
+every broken file, prompt and flag we know of on a build with the address and undefined-behaviour sanitizers.
 
-Needs a C compiler, numpy and sentencepiece; makes its own models. Where ../shared/data lies beside the repository,
-the real stories260K and Llama 2 tokenizer are tested as well. Not here: speed, fuzzing.
+Needs a C compiler, numpy and sentencepiece; makes its own models. Where ../shared/data lies beside the
+repository, the real stories260K and Llama 2 tokenizer are tested as well. Not here: speed, fuzzing.
 """
 
 import ctypes
 import ctypes.util
 import dataclasses
 import io
+import itertools
 import os
 import random
 import shutil
@@ -35,7 +36,7 @@ needs_stories = pytest.mark.skipif(
     not STORIES.is_dir(), reason=f"no real weights: {STORIES} is not there (stories260K.bin, tok512.bin)")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Builds
 
 # Reads {char kind; uint32 n; n bytes} from stdin. 'e': encode the bytes, print the ids. 's': the bytes are
@@ -96,7 +97,7 @@ def builds(tmp_path_factory):
     checks = ["-g", "-O1", "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero",
               "-fno-sanitize-recover=all"]
     probe = subprocess.run([cc, "-fsanitize=address,undefined", "-xc", "-", "-o", str(out / "probe")],
-                           input="int main(void){return 0;}", text=True, capture_output=True)
+                           input="int main(void){return 0;}", text=True, capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("the C compiler has no -fsanitize=address,undefined (libasan, libubsan)")
     jobs = {
@@ -114,7 +115,7 @@ def builds(tmp_path_factory):
 
 def run(binary, *args, stdin=b"", cwd=None, env=ENV):
     return subprocess.run([str(binary), *map(str, args)], input=stdin, capture_output=True, env=env, cwd=cwd,
-                          timeout=60)
+                          timeout=60, check=False)
 
 
 def run_ok(binary, *args, **kw):
@@ -124,7 +125,7 @@ def run_ok(binary, *args, **kw):
 
 
 def assert_error(r, subject, *words):
-    """One line on stderr, "run: SUBJECT: what is wrong" with all the words; exit code 1, nothing on stdout."""
+    """One line on stderr, "run: SUBJECT: ..." with all the words; exit code 1, nothing on stdout."""
     text = r.stderr.decode()
     assert r.returncode == 1, (r.returncode, text)
     start = f"run: {subject}: " if str(subject) else "run: "
@@ -134,7 +135,7 @@ def assert_error(r, subject, *words):
         assert str(word) in text[len(start):], text
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Models: random weights, written in the three layouts
 
 @dataclasses.dataclass
@@ -181,8 +182,7 @@ V1_ORDER = ["rms_att", "rms_ffn", "rms_final", "emb", "wq", "wk", "wv", "wo", "w
 
 
 def quantize(x, group):
-    """int8 values and fp32 scales of the last axis in groups; rounds half away from zero, as the file format's
-    activations are (weights never hit a half exactly)."""
+    """int8 values and fp32 scales of the last axis in groups, rounding half away from zero."""
     g = x.reshape(-1, group)
     scale = (np.abs(g).max(axis=1) / 127).astype(x.dtype)
     t = g / np.where(scale == 0, 1, scale)[:, None]
@@ -210,7 +210,7 @@ def model_bytes(s, w, version=0, group=0):
 
 
 def reference_logits(s, w, ids, group=0):
-    """Llama in numpy float64, position by position and head by head; with a group, int8 weights and activations."""
+    """Llama in numpy float64, one position and head at a time; a group makes weights and activations int8."""
     def linear(x, matrix):
         if not group:
             return matrix.astype(np.float64) @ x
@@ -258,7 +258,7 @@ def reference_logits(s, w, ids, group=0):
     return np.array(out)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 def tokenizer_bytes(pieces, scores=None, longest=None):
@@ -295,8 +295,8 @@ def sentencepieces(tmp_path_factory):
     """{name: (sentencepiece model, its .bin)}: two trained here, and the real ones where they are."""
     out = tmp_path_factory.mktemp("sp")
     rng = random.Random(0)
-    words = ("Once upon a time there was little girl named Lily who loved to play in the park caf\u00e9 na\u00efve "
-             "\U0001f600 <s> I'll don't ball, ball. 12 2024 the the and and").split()
+    words = ("Once upon a time there was little girl named Lily who loved to play in the park "
+             "caf\u00e9 na\u00efve \U0001f600 <s> I'll don't ball, ball. 12 2024 the the and and").split()
     text = [(" " * rng.choice([1, 1, 1, 2, 4])).join(rng.choices(words, k=12)) for _ in range(2000)]
     models = {}
     for name, fallback in [("bytes", True), ("no_bytes", False)]:
@@ -304,8 +304,8 @@ def sentencepieces(tmp_path_factory):
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(text), model_writer=proto, vocab_size=420 if fallback else 160,
             model_type="bpe", byte_fallback=fallback, split_digits=True, character_coverage=1.0,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            num_threads=1, minloglevel=2)
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, num_threads=1, minloglevel=2)
         models[name] = spm.SentencePieceProcessor(model_proto=proto.getvalue())
     for name, path in [("tok512", STORIES / "tok512.model"), ("llama2", DATA / "llama2" / "tokenizer.model")]:
         if path.is_file():
@@ -317,10 +317,11 @@ def sentencepieces(tmp_path_factory):
 
 def harness_ids(builds, tokenizer, texts):
     stdin = b"".join(b"e" + struct.pack("<I", len(t)) + t for t in texts)
-    return [list(map(int, line.split())) for line in run_ok(builds.harness, tokenizer, stdin=stdin).splitlines()]
+    lines = run_ok(builds.harness, tokenizer, stdin=stdin).splitlines()
+    return [list(map(int, line.split())) for line in lines]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Logits
 
 def logits_of(binary, path, tokenizer, text="hello KIM"):
@@ -339,7 +340,7 @@ def tokenizer(tmp_path):
 @pytest.mark.parametrize("version,shape", [
     (0, Shape()),
     (0, Shape(tied=False)),
-    (0, Shape(dim=36, n_heads=2, n_kv_heads=1, hidden_dim=50)),                      # head size 18, ragged sums
+    (0, Shape(dim=36, n_heads=2, n_kv_heads=1, hidden_dim=50)),  # head size 18, ragged sums
     (0, Shape(dim=64, n_heads=8, n_kv_heads=8, hidden_dim=33, n_layers=1)),
     (1, Shape()),
     (1, Shape(tied=False, n_kv_heads=4)),
@@ -358,7 +359,7 @@ def test_logits_fp32(builds, tmp_path, tokenizer, version, shape):
 @pytest.mark.parametrize("group,shape", [
     (16, Shape()),
     (16, Shape(tied=False, n_kv_heads=1)),
-    (2, Shape(dim=6, n_heads=1, n_kv_heads=1, hidden_dim=2, vocab_size=301)),        # scales that lie unaligned
+    (2, Shape(dim=6, n_heads=1, n_kv_heads=1, hidden_dim=2, vocab_size=301)),  # scales that lie unaligned
     (32, Shape(dim=64, hidden_dim=96, rope_theta=300.0, norm_eps=0.1)),
 ])
 def test_logits_int8(builds, tmp_path, group, shape):
@@ -394,15 +395,16 @@ def test_logits_of_stories260k(builds):
         w[name] = np.frombuffer(raw, np.float32, w[name].size, at).reshape(w[name].shape)
         at += w[name].nbytes
     w["cls"] = w["emb"]
-    ids, logits = logits_of(builds.fast, STORIES / "stories260K.bin", STORIES / "tok512.bin", "Lily saw 2 birds")
+    args = STORIES / "stories260K.bin", STORIES / "tok512.bin"
+    ids, logits = logits_of(builds.fast, *args, "Lily saw 2 birds")
     np.testing.assert_allclose(logits, reference_logits(s, w, ids), atol=1e-4, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Text
 
-LILY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she "
-        "saw a big, red ball. She wanted to play with it, but it was too high.\n")
+LILY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One "
+        "day, she saw a big, red ball. She wanted to play with it, but it was too high.\n")
 SEEDED = {  # what llama2.c's run says
     1: 'Once upon a time, there was a little boy named Tim. Tim loved to show his f'
        "riends her a big, shiny blue bug. One day, Tim's mom was making his favorit",
@@ -444,7 +446,7 @@ def markov_model(path, successors, vocab_size=300, seq_len=64):
 
 
 def chain(ids):
-    return dict(zip(ids, ids[1:]))
+    return dict(itertools.pairwise(ids))
 
 
 def test_byte_tokens_come_out_whole(builds, tmp_path, tokenizer):
@@ -498,16 +500,17 @@ def test_default_tokenizer(builds, tmp_path):
     assert run_ok(builds.checked, model, "-t", 0, cwd=tmp_path) == b"Z\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Tokens
 
 def fuzzed_texts(n, seed=0):
     rng = random.Random(seed)
-    parts = ["the", "Once upon a time", " ", "  ", "\t", "\n", "\u2581", "\u2581\u2581", "0", "2024", "\U0001f600",
-             "\U0001f468\u200d\U0001f469", "\u00e9", "e\u0301", "\u4e2d\u6587", "<s>", "</s>", "<unk>", "<0x41>",
-             "\n<s>\n", "\x00", "\x1b", "\x7f", "\ufeff", "\ufffd", "\uffff", "I'll", "ball."]
-    broken = [b"\xff", b"\xc0\x80", b"\xe2\x96", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\xf4\x90\x80\x80", b"\x80",
-              b"\xf8\x88\x80\x80\x80", b"\xe0\x80\x80", b"\xc3"]
+    parts = ["the", "Once upon a time", " ", "  ", "\t", "\n", "\u2581", "\u2581\u2581", "0", "2024",
+             "\U0001f600", "\U0001f468\u200d\U0001f469", "\u00e9", "e\u0301", "\u4e2d\u6587", "<s>", "</s>",
+             "<unk>", "<0x41>", "\n<s>\n", "\x00", "\x1b", "\x7f", "\ufeff", "\ufffd", "\uffff",
+             "I'll", "ball."]
+    broken = [b"\xff", b"\xc0\x80", b"\xe2\x96", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\xf4\x90\x80\x80",
+              b"\x80", b"\xf8\x88\x80\x80\x80", b"\xe0\x80\x80", b"\xc3"]
     alphabet = [p.encode() for p in parts] + broken + [bytes([b]) for b in range(256)]
     texts = [b"", *alphabet]
     for _ in range(n):
@@ -546,8 +549,8 @@ def test_tokenizer_without_bytes(builds, tmp_path):
 
 def test_special_pieces_do_not_match_text(builds, tmp_path):
     """Though all that is needed to merge up to them is in the vocabulary."""
-    text = [b"<", b"s", b">", b"\n", b"<s", b"<s>", b"\n<s", b">\n", b"0", b"x", b"4", b"1", b"<0", b"x4", b"<0x4",
-            b"1>", b"u", b"n", b"k", b"un", b"k>", b"<un", b" "]
+    text = [b"<", b"s", b">", b"\n", b"<s", b"<s>", b"\n<s", b">\n", b"0", b"x", b"4", b"1", b"<0",
+            b"x4", b"<0x4", b"1>", b"u", b"n", b"k", b"un", b"k>", b"<un", b" "]
     pieces = [*SPECIAL, *BYTES, *text]
     path = tmp_path / "t.bin"
     path.write_bytes(tokenizer_bytes(pieces, [0.0] * 259 + [-10.0 + len(p) for p in text]))
@@ -566,7 +569,7 @@ def test_max_token_length_is_not_trusted(builds, tmp_path, longest):
     assert out == b"1 259 262 261 260\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Sampling
 
 class XorShift:
@@ -607,8 +610,8 @@ def test_sampler_equals_python(builds):
     libm = ctypes.CDLL(ctypes.util.find_library("m"))
     libm.expf.restype, libm.expf.argtypes = ctypes.c_float, [ctypes.c_float]
     rng = np.random.default_rng(0)
-    kinds = {"peaked": 4 * rng.standard_normal(200), "flat": np.zeros(200), "ties": np.repeat([1.0, 3.0, 2.0], 30),
-             "two": np.array([0.5, 0.25]), "one": np.array([1.0])}
+    kinds = {"peaked": 4 * rng.standard_normal(200), "flat": np.zeros(200),
+             "ties": np.repeat([1.0, 3.0, 2.0], 30), "two": np.array([0.5, 0.25]), "one": np.array([1.0])}
     cases = [(logits.astype(np.float32), temperature, topp, seed)
              for logits in kinds.values() for temperature in (0, 0.5, 1, 1.7)
              for topp in (0, 0.001, 0.1, 0.5, 0.9, 0.999, 1) for seed in (1, 2**63 + 12345)]
@@ -645,7 +648,7 @@ def test_extreme_sampling_values(builds, tmp_path, tokenizer, args):
         assert out == run_ok(builds.checked, model, "-z", tokenizer, "-t", 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Robustness: one clear line, exit code 1, nothing on stdout; on the sanitizer build
 
 FIELDS = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "seq_len"]
@@ -663,7 +666,8 @@ def broken_models():
     v0, v1, v2 = model_bytes(s, w), model_bytes(s, w, 1), model_bytes(s, w, 2, 16)
     cases = {"empty": (b"", ["empty"])}
     for name, data, header in [("v0", v0, 28), ("v1", v1, 256), ("v2", v2, 256)]:
-        for n in [1, 4, 27, header - 1, header, header + 1, 100, len(data) // 2, len(data) - 4, len(data) - 1]:
+        size = len(data)
+        for n in [1, 4, 27, header - 1, header, header + 1, 100, size // 2, size - 4, size - 1]:
             cases[f"{name} cut to {n}"] = (data[:n], [])
         cases[f"{name} cut in half"] = (data[:len(data) // 2], ["truncated", len(data)])
         for n in [1, 4, 4096]:
@@ -680,10 +684,10 @@ def broken_models():
     cases["sizes that overflow 64 bits"] = (
         struct.pack("<Ii7iBi", 0x616B3432, 2, 2**24, 2**24, 2**14, 2**20, 2**20, 2**24, 2**24, 0, 2**16)
         .ljust(4096, b"\0"), ["larger than memory"])
-    for name, change, words in [("kv heads above heads", dict(n_kv_heads=8), ["key/value"]),
-                                ("kv heads do not divide", dict(n_kv_heads=3), ["key/value"]),
-                                ("heads do not divide", dict(n_heads=3, n_kv_heads=3), ["divide"]),
-                                ("odd head size", dict(n_heads=32, n_kv_heads=32), ["odd"])]:
+    for name, change, words in [("kv heads above heads", {"n_kv_heads": 8}, ["key/value"]),
+                                ("kv heads do not divide", {"n_kv_heads": 3}, ["key/value"]),
+                                ("heads do not divide", {"n_heads": 3, "n_kv_heads": 3}, ["divide"]),
+                                ("odd head size", {"n_heads": 32, "n_kv_heads": 32}, ["odd"])]:
         cases[name] = (dataclasses.replace(s, **change).ints() + v0[28:], words)
     for name, group in [("0", 0), ("-4", -4), ("3", 3), ("32, not a divisor of 48", 32), ("huge", INT_MAX)]:
         cases[f"int8 group {name}"] = (poke(v2, 37, "<i", group), ["group", group])
@@ -726,7 +730,8 @@ def broken_tokenizers():
     entry = struct.pack("<fI", 0.0, 1) + b"a"
     return {
         "empty": b"", "only a length": good[:4], "two bytes": good[:2],
-        "cut inside a piece": good[:-1], "cut inside a header": good + b"\0\0\0", "half": good[: len(good) // 2],
+        "cut inside a piece": good[:-1], "cut inside a header": good + b"\0\0\0",
+        "half": good[: len(good) // 2],
         "length negative": good[:4] + struct.pack("<fi", 0.0, -1) + good[12:],
         "length huge": good[:4] + struct.pack("<fi", 0.0, INT_MAX) + good[12:],
         "length beyond the end": good + struct.pack("<fI", 0.0, 2) + b"a",
@@ -768,8 +773,9 @@ def test_prompt_longer_than_the_context(builds, tmp_path, tokenizer, mode):
     *[(["-n", v], "-n") for v in ["abc", "-1", "1.5", "", "99999999999", "0x10", " 7", "+7"]],
     *[(["-s", v], "-s") for v in ["abc", "-1", "18446744073709551616", "1.0", ""]],
     (["--temperature=nan"], "--temperature"), (["--top-p", "7"], "--top-p"), (["--steps="], "--steps"),
-    (["-m", "talk"], "-m"), (["-m", ""], "-m"), (["-t"], "-t"), (["--prompt"], "--prompt"), (["-q", "1"], "-q"),
-    (["--temp", "1"], "--temp"), (["--temperatures=1"], "--temperatures=1"), (["-"], "-"), (["--"], "--"),
+    (["-m", "talk"], "-m"), (["-m", ""], "-m"), (["-t"], "-t"), (["--prompt"], "--prompt"),
+    (["-q", "1"], "-q"), (["--temp", "1"], "--temp"), (["--temperatures=1"], "--temperatures=1"),
+    (["-"], "-"), (["--"], "--"),
     (["-T"], "-T"), (["--tokens=1"], "--tokens=1"), (["other.bin"], "other.bin"), (["-tt", "1"], "-tt"),
     (["-z", "no/such.bin"], "no/such.bin"), (["-z", "/"], "/"), (["-z", "/dev/zero"], "/dev/zero"),
     (["--evil\n\x1b[2J"], "--evil??[2J"),
@@ -805,7 +811,7 @@ def test_full_device(builds, tmp_path, tokenizer, extra):
     model = markov_model(tmp_path / "m.bin", {BOS: 260, 260: 260})
     with open("/dev/full", "wb") as full:
         r = subprocess.run([builds.checked, model, "-z", tokenizer, "-t", "0", *extra], stdout=full, env=ENV,
-                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60, check=False)
     assert r.returncode == 1
     assert b"run: stdout: cannot write" in r.stderr and r.stderr.count(b"\n") == 1
 
@@ -813,18 +819,19 @@ def test_full_device(builds, tmp_path, tokenizer, extra):
 def test_closed_stdout(builds, tmp_path, tokenizer):
     model = markov_model(tmp_path / "m.bin", {BOS: 260, 260: 260})
     command = [str(builds.checked), str(model), "-z", str(tokenizer), "-t", "0"]
-    r = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], env=ENV, stderr=subprocess.PIPE, timeout=60)
+    r = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], env=ENV, stderr=subprocess.PIPE,
+                       timeout=60, check=False)
     assert (r.returncode, r.stderr.count(b"\n")) == (1, 1)
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        r = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=ENV, timeout=60)
+        r = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=ENV, timeout=60, check=False)
     finally:
         os.close(writer)
     assert r.returncode == 1 and b"run: stdout" in r.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Chat
 
 def chat_model(tmp_path, seq_len=3000):
@@ -878,7 +885,8 @@ def test_chat_stops_when_the_context_is_full(builds, tmp_path, tokenizer):
 def test_chat_closes_every_answer(builds, tmp_path, tokenizer):
     """Two turns take their prompts, two answers of two tokens and the </s> between them: no room is left."""
     [ids] = harness_ids(builds, tokenizer, [b"[INST] hi [/INST]"])
-    args = [builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "", "-i", "hi"]
+    args = [builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "",
+            "-i", "hi"]
     for room, out in [(2 * len(ids) + 3, b"ok\nUser: Assistant: o\n"), (2 * len(ids) + 2, b"ok\nUser: ")]:
         r = run(*args, "-n", room, stdin=b"hi\n")
         assert (r.returncode, r.stdout) == (0, b"Assistant: " + out) and b"is full" in r.stderr
@@ -887,8 +895,8 @@ def test_chat_closes_every_answer(builds, tmp_path, tokenizer):
 @needs_stories
 def test_chat_keeps_its_state(builds):
     """The second answer depends on the first turn."""
-    args = [builds.fast, STORIES / "stories260K.bin", "-z", STORIES / "tok512.bin", "-t", 0, "-n", 0, "-m", "chat",
-            "-y", ""]
+    args = [builds.fast, STORIES / "stories260K.bin", "-z", STORIES / "tok512.bin", "-t", 0, "-n", 0,
+            "-m", "chat", "-y", ""]
     answers = [run_ok(*args, stdin=first + b"\nTell me about the dog.\n").split(b"User: ")
                for first in (b"Hello", b"The cat is big")]
     assert len(answers[0]) > 1 and answers[0] != answers[1]

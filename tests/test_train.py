@@ -21,10 +21,22 @@ from model import load_checkpoint, model_from_checkpoint
 from train import Runtime, TrainConfig, get_lr, parse_cli
 
 TINY = [
-    "--vocab_source=custom", f"--vocab_size={VOCAB}", "--dim=32", "--n_layers=2", "--n_heads=4", "--n_kv_heads=2",
-    "--multiple_of=8", "--max_seq_len=64", "--batch_size=8", "--gradient_accumulation_steps=2", "--device=cpu",
-    "--learning_rate=1e-2", "--warmup_iters=3", "--eval_interval=4", "--eval_iters=3",
-]  # fmt: skip
+    "--vocab_source=custom",
+    f"--vocab_size={VOCAB}",
+    "--dim=32",
+    "--n_layers=2",
+    "--n_heads=4",
+    "--n_kv_heads=2",
+    "--multiple_of=8",
+    "--max_seq_len=64",
+    "--batch_size=8",
+    "--gradient_accumulation_steps=2",
+    "--device=cpu",
+    "--learning_rate=1e-2",
+    "--warmup_iters=3",
+    "--eval_interval=4",
+    "--eval_iters=3",
+]
 
 
 @pytest.fixture
@@ -67,7 +79,9 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def test_flags():
-    model, cfg = parse_cli(["--dim=64", "--always-save-checkpoint", "--decay_lr=False", "--compile", "--beta2", "0.9"])
+    model, cfg = parse_cli(
+        ["--dim=64", "--always-save-checkpoint", "--decay_lr=False", "--compile", "--beta2", "0.9"]
+    )
     assert model == {"dim": 64}
     assert cfg == {"always_save_checkpoint": True, "decay_lr": False, "compile": "True", "beta2": 0.9}
     assert parse_cli(["--eval_only=True", "--compile=False"])[1] == {"eval_only": True, "compile": "False"}
@@ -76,25 +90,59 @@ def test_flags():
 
 def test_every_flag_of_llama2c_has_its_default():
     theirs = {
-        "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 100, "eval_only": False,
-        "always_save_checkpoint": False, "init_from": "scratch", "wandb_log": False, "wandb_project": "llamac",
-        "batch_size": 128, "max_seq_len": 256, "vocab_source": "llama2", "vocab_size": 32000, "dim": 288,
-        "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "multiple_of": 32, "dropout": 0.0,
-        "gradient_accumulation_steps": 4, "learning_rate": 5e-4, "max_iters": 100000, "weight_decay": 1e-1,
-        "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "decay_lr": True, "warmup_iters": 1000,
-    }  # fmt: skip
+        "out_dir": "out",
+        "eval_interval": 2000,
+        "log_interval": 1,
+        "eval_iters": 100,
+        "eval_only": False,
+        "always_save_checkpoint": False,
+        "init_from": "scratch",
+        "wandb_log": False,
+        "wandb_project": "llamac",
+        "batch_size": 128,
+        "max_seq_len": 256,
+        "vocab_source": "llama2",
+        "vocab_size": 32000,
+        "dim": 288,
+        "n_layers": 6,
+        "n_heads": 6,
+        "n_kv_heads": 6,
+        "multiple_of": 32,
+        "dropout": 0.0,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 5e-4,
+        "max_iters": 100000,
+        "weight_decay": 1e-1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+        "decay_lr": True,
+        "warmup_iters": 1000,
+    }
     ours = vars(TrainConfig()) | vars(train.ModelArgs())
     assert theirs.items() <= ours.items()
 
 
 @pytest.mark.parametrize(
     "flag, message",
-    [("--batchsize=3", "--batch_size"), ("--dim=big", "--dim"), ("--eval_only=maybe", "boolean"), ("7", "7"),
-     ("--vocab_source=mine", "vocab_source"), ("--batch_size=0", "batch_size=0"), ("--n_heads=5", "n_heads"),
-     ("--vocab_size=512", "--vocab_source=custom"), ("--device=tpu", "--device=cpu"), ("--beta1=1", "beta1"),
-     ("--init_from=no.pt", "no.pt"), ("--init_from=resume", "nothing to resume"), ("--learning_rate=nan", "learning"),
-     ("--dtype=float16", "float16"), ("--data_dir=nowhere", "tinystories.py pretokenize")],
-)  # fmt: skip
+    [
+        ("--batchsize=3", "--batch_size"),
+        ("--dim=big", "--dim"),
+        ("--eval_only=maybe", "boolean"),
+        ("7", "7"),
+        ("--vocab_source=mine", "vocab_source"),
+        ("--batch_size=0", "batch_size=0"),
+        ("--n_heads=5", "n_heads"),
+        ("--vocab_size=512", "--vocab_source=custom"),
+        ("--device=tpu", "--device=cpu"),
+        ("--beta1=1", "beta1"),
+        ("--init_from=no.pt", "no.pt"),
+        ("--init_from=resume", "nothing to resume"),
+        ("--learning_rate=nan", "learning"),
+        ("--dtype=float16", "float16"),
+        ("--data_dir=nowhere", "tinystories.py pretokenize"),
+    ],
+)
 def test_mistakes_are_one_line(flag, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e:
@@ -145,11 +193,15 @@ def random_batches(n: int, seed: int = 0) -> list:
 
 @pytest.mark.parametrize("micro_batches, chunk", [(1, 10**9), (1, 32), (3, 10**9), (3, 64)])
 def test_a_step_equals_adamw_by_hand(micro_batches, chunk, monkeypatch):
-    """However the tokens are cut up: the mean gradient, clipped, then the update of Loshchilov and Hutter (2019)."""
+    """However the tokens are cut up: the mean gradient, clipped, then the update of Loshchilov and Hutter
+    (2019).
+    """
     monkeypatch.setattr(train, "CPU_CHUNK_TOKENS", chunk)
     torch.manual_seed(0)
     net = train.Transformer(train.ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=16))
-    cfg = TrainConfig(gradient_accumulation_steps=micro_batches, learning_rate=0.01, grad_clip=0.3, weight_decay=0.2)
+    cfg = TrainConfig(
+        gradient_accumulation_steps=micro_batches, learning_rate=0.01, grad_clip=0.3, weight_decay=0.2
+    )
     batches = random_batches(micro_batches)
     before = {name: p.detach().double() for name, p in net.named_parameters()}
     x, y = (torch.cat([b[i] for b in batches]) for i in (0, 1))
@@ -204,14 +256,18 @@ def test_a_run_learns_and_leaves_everything(fit, tmp_path, data_dir):
     assert [line["iter"] for line in lines if "loss/train" in line] == list(range(1, 31))
     assert abs(evaluations[0]["loss/val"] - math.log(VOCAB)) < 0.2
     assert evaluations[-1]["loss/val"] < evaluations[0]["loss/val"] - 1.5
-    assert len(re.findall(r"^step \d+: .*val loss", out, re.M)) == 4 and out.count("\n  > ") == 4  # sample stories
+    # sample stories
+    assert len(re.findall(r"^step \d+: .*val loss", out, re.M)) == 4 and out.count("\n  > ") == 4
     last = load_checkpoint(folder / "last.pt")
     assert last["iter_num"] == 30 and last["config"]["vocab_source"] == "custom"
     assert last["best_val_loss"] == min(line["loss/val"] for line in evaluations)
     _, state = read_bin(str(folder / "model.bin"))
     assert same(state, dict(model_from_checkpoint(load_checkpoint(folder / "ckpt.pt")).state_dict()))
     # the final loss, once more from the file and by hand
-    net, meta = model_from_checkpoint(last).eval(), json.loads(Path(data_dir, f"tok{VOCAB}/meta.json").read_text())
+    net, meta = (
+        model_from_checkpoint(last).eval(),
+        json.loads(Path(data_dir, f"tok{VOCAB}/meta.json").read_text()),
+    )
     ids = np.fromfile(Path(data_dir, f"tok{VOCAB}", meta["shards"][0]["name"]), "<u2").astype(np.int64)
     ids = torch.from_numpy(ids[: 3 * 8 * 64 + 1])
     with torch.no_grad():
@@ -262,8 +318,14 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(fit, tmp_path, data_dir):
 def test_two_ranks_equal_one(fit, tmp_path, data_dir):
     flags = ["--max_iters=6", "--dropout=0.1", "--grad_clip=0.5"]
     fit("one", *flags)
-    process = cli(*TINY, *flags, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'two'}", nproc=2,
-                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = cli(
+        *TINY,
+        *flags,
+        f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path / 'two'}",
+        nproc=2,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
@@ -287,7 +349,9 @@ def test_fine_tuning_starts_afresh_from_the_weights(fit, tmp_path):
     tuned = load_checkpoint(tmp_path / "tuned" / "last.pt")
     assert tuned["iter_num"] == 4 and tuned["data"]["windows"] == 4 * 2 * 8
     first = metrics(tmp_path / "tuned")[0]
-    assert first["iter"] == 0 and first["loss/val"] == pytest.approx(metrics(tmp_path / "base")[-1]["loss/val"])
+    assert first["iter"] == 0 and first["loss/val"] == pytest.approx(
+        metrics(tmp_path / "base")[-1]["loss/val"]
+    )
     assert all(int(s["step"]) == 4 for s in tuned["optimizer"]["state"].values())
     assert same(load_checkpoint(tmp_path / "base" / "ckpt.pt"), base)
 
@@ -327,7 +391,16 @@ def test_real_weights_on_real_stories(tmp_path, monkeypatch, capsys):
     tinystories.main(["pretokenize", "--vocab_size=512"])
     os.makedirs("out")
     shutil.copy(checkpoint, "out/ckpt.pt")
-    train.main(["--init_from=resume", "--eval_only=True", "--vocab_source=custom", "--vocab_size=512",
-                "--batch_size=8", "--eval_iters=20", "--device=cpu"])
+    train.main(
+        [
+            "--init_from=resume",
+            "--eval_only=True",
+            "--vocab_source=custom",
+            "--vocab_size=512",
+            "--batch_size=8",
+            "--eval_iters=20",
+            "--device=cpu",
+        ]
+    )
     out = capsys.readouterr().out
     assert abs(float(re.search(r"val loss ([\d.]+)", out)[1]) - 1.375) < 0.04
