@@ -170,9 +170,11 @@ class Metrics:
     """metrics.jsonl, and Weights & Biases and TensorBoard where asked for. Made by rank 0 only."""
 
     def __init__(self, cfg: TrainConfig, iter_num: int):
-        """Goes on after iteration iter_num: lines a killed run wrote beyond the state it saved are
-        dropped.
-        """
+        """Goes on after iteration iter_num: what a killed run logged beyond its saved state is dropped."""
+        self.wandb = self.tensorboard = self.path = None
+        if cfg.eval_only:  # looks, and leaves no trace
+            return
+        os.makedirs(cfg.out_dir, exist_ok=True)
         self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
         kept = []
         if iter_num and os.path.exists(self.path):
@@ -180,7 +182,6 @@ class Metrics:
                 kept = [line for line in f if line.endswith("\n") and json.loads(line)["iter"] <= iter_num]
         with atomic_write(self.path, "w") as f:
             f.writelines(kept)
-        self.wandb = self.tensorboard = None
         if cfg.wandb_log:
             if not importlib.util.find_spec("wandb"):
                 raise SystemExit("--wandb_log needs a package; run: pip install wandb")
@@ -196,8 +197,9 @@ class Metrics:
             self.tensorboard = SummaryWriter(os.path.join(cfg.out_dir, "tensorboard"))
 
     def log(self, iter_num: int, values: dict[str, float]) -> None:
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"iter": iter_num} | values) + "\n")
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"iter": iter_num} | values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=iter_num)
         if self.tensorboard:
@@ -612,7 +614,6 @@ def main(argv: list[str] | None = None) -> None:
                 file=sys.stderr,
             )
         try:
-            os.makedirs(cfg.out_dir, exist_ok=True)
             metrics = Metrics(cfg, run.iter_num)
         except OSError as e:
             raise SystemExit(

@@ -187,3 +187,62 @@ def test_mistakes(args, message, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=message) as e:
         export.main()
     assert "\n" not in str(e.value)
+
+
+# ---- from PyTorch to run.c ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_c(tmp_path_factory):
+    """Builds run.c; returns a function that runs it and gives its standard output."""
+    program = tmp_path_factory.mktemp("build") / "run"
+    subprocess.run(["cc", "-O2", "-std=c11", "-o", program, ROOT / "run.c", "-lm"], check=True)
+
+    def call(*args: object) -> str:
+        done = subprocess.run([program, *map(str, args)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+@pytest.mark.parametrize("version, shape", [(0, {}), (0, {"tie_embeddings": False}), (1, SHAPES[3])])
+def test_run_c_computes_the_logits_of_pytorch(version, shape, run_c, data_dir, tmp_path):
+    from conftest import VOCAB
+    from tokenizer import Tokenizer
+
+    net, path = make(vocab_size=VOCAB, max_seq_len=64, **shape).eval(), tmp_path / "model.bin"
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.5)
+    write_bin(str(path), net.args, net.state_dict(), version)
+    tokenizer = Tokenizer(f"{data_dir}/tok{VOCAB}.model")
+    pieces = tokenizer.export(str(tmp_path / "tok.bin"))
+    prompt = "Once upon a time, there was a kind girl. \N{CAT FACE}"
+    ids = tokenizer.encode(prompt, bos=True)
+    assert run_c(path, "-z", pieces, "-i", prompt, "--tokens").split() == [str(i) for i in ids]
+    got = np.array(
+        [line.split() for line in run_c(path, "-z", pieces, "-i", prompt, "--logits").splitlines()]
+    )
+    with torch.no_grad():
+        expected = net(torch.tensor([ids]))[0][0].numpy()
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(got.astype(np.float64), expected, atol=1e-4)
+
+
+def test_run_c_tells_the_story_that_pytorch_tells(run_c, tmp_path):
+    """The real model, greedily, to its natural end; and its int8 file begins alike."""
+    from model import generate, load_checkpoint, model_from_checkpoint
+    from tokenizer import Tokenizer
+
+    folder = shared_data("stories260K")
+    net = model_from_checkpoint(load_checkpoint(folder / "ckpt.pt"))
+    tokenizer = Tokenizer(str(folder / "tok512.model"))
+    (ids,) = generate(net, [[tokenizer.bos_id]], 512, temperature=0)
+    assert ids[-1] == tokenizer.bos_id
+    flags = ["-z", folder / "tok512.bin", "-t", 0, "-n", 0]
+    assert run_c(folder / "stories260K.bin", *flags) == tokenizer.decode(ids) + "\n"
+    write_bin(str(tmp_path / "int8.bin"), net.args, net.state_dict(), 2)
+    assert run_c(tmp_path / "int8.bin", *flags).startswith(
+        "Once upon a time, there was a little girl named Lily."
+    )

@@ -365,8 +365,11 @@ def test_existing_runs_are_safe(fit, tmp_path, data_dir):
         fit("out", "--init_from=resume", "--dim=64")
     assert "already" in fit("out", "--init_from=auto", "--max_iters=4")
     assert (tmp_path / "out" / "last.pt").read_bytes() == before
-    assert "val loss" in fit("out", "--init_from=resume", "--eval_only")
+    log = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    for source in ("resume", "scratch"):
+        assert "val loss" in fit("out", f"--init_from={source}", "--eval_only")
     assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == log
     fit("out", "--init_from=auto", "--max_iters=5")
     assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 5
 
