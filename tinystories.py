@@ -15,14 +15,12 @@ Not for: cleaning or deduplicating text, data loading over a network, vocabulari
 """
 
 import argparse
-import codecs
 import gzip
 import hashlib
 import io
 import itertools
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import re
@@ -30,11 +28,14 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import sentencepiece
@@ -50,11 +51,11 @@ TOKENIZER_SHA256 = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte before a download counts as stalled
 TRIES = 5  # failed attempts in a row that bring not one new byte
 BACKOFF = 1.0  # seconds before the second try, doubled for each one after it
-CHUNK = 1 << 20  # bytes read at a time
+CHUNK = 1 << 20  # characters or bytes read at a time
+BATCH = 1 << 18  # characters tokenized at a time
 LONGEST_STORY = 64 << 20  # characters; more without an end means that the format was guessed wrong
 MAX_VOCAB = 65536  # ids are stored as uint16
 META_FORMAT = 1
-STAGES = ("download", "import", "synth", "train_vocab", "pretokenize")
 
 
 # ---- paths and messages ------------------------------------------------------------------------------
@@ -66,6 +67,11 @@ def stories_dir(data_dir: str) -> str:
 def token_dir(data_dir: str, vocab_size: int) -> str:
     """The folder of the token shards: their tokenizer's path without its suffix."""
     return os.path.splitext(tokenizer_path(data_dir, vocab_size))[0]
+
+
+def file_size(path: str) -> int:
+    """In bytes, -1 for what is no file."""
+    return os.path.getsize(path) if os.path.isfile(path) else -1
 
 
 def command(stage: str, data_dir: str = "data", vocab_size: int = 0, more: str = "") -> str:
@@ -80,27 +86,22 @@ def progress_bar(title: str, total: int | None = None) -> tqdm:
     return tqdm(desc=title, total=total, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-def note(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
 # ---- fetch: resume, retry, checksum ------------------------------------------------------------------
 
 class TryAgain(Exception):
-    """A failure that another attempt may cure, after `wait` seconds if the server said so."""
-
-    def __init__(self, why: str, wait: float = 0.0):
-        super().__init__(why)
-        self.wait = wait
+    """A failure that another attempt may cure."""
 
 
 def fetch(url: str, path: str, sha256: str | None = None, flag: str = "--url") -> None:
-    """Download `url` to `path`, going on where an earlier run was cut off.
+    """Download `url` to `path` unless it is there, going on where an earlier run was cut off.
 
     The bytes so far are in `path`.part; `path`.part.json names the version they belong to, so that halves
     of two versions are never joined. An attempt that brings new bytes resets the count of failures.
     Raises SystemExit: a bad URL or status, no network, a wrong checksum. `flag` is named in the message.
     """
+    if os.path.exists(path):
+        print(f"{path} is already there")
+        return
     part = path + ".part"
     furthest = failures = 0
     with progress_bar(os.path.basename(path)) as bar:
@@ -109,14 +110,13 @@ def fetch(url: str, path: str, sha256: str | None = None, flag: str = "--url") -
                 fetch_rest(url, part, bar, flag)
                 break
             except TryAgain as e:
-                here = os.path.getsize(part) if os.path.exists(part) else 0
-                failures = 1 if here > furthest else failures + 1
-                furthest = max(furthest, here)
+                failures = 1 if file_size(part) > furthest else failures + 1
+                furthest = max(furthest, file_size(part))
                 if failures >= TRIES:
                     raise SystemExit(f"cannot download {url}: {e}; try again later (it resumes), or with no "
                                      "network: python tinystories.py synth (or import FILE)") from None
-                wait = max(min(e.wait, 60.0), BACKOFF * 2 ** (failures - 1))
-                note(f"{e}; trying again in {wait:.3g} s")
+                wait = BACKOFF * 2 ** (failures - 1)
+                tqdm.write(f"{e}; trying again in {wait:.3g} s", file=sys.stderr)
                 time.sleep(wait)
     with open(part, "rb") as f:
         os.fsync(f.fileno())
@@ -134,7 +134,7 @@ def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
     import requests  # 0.14 s, which only this stage should pay
     from urllib3.exceptions import HTTPError
 
-    start, _ = have, seen = partial_download(url, part)
+    have, seen = partial_download(url, part)
     if have and have == seen["total"]:
         return
     headers = {"Accept-Encoding": "identity"}  # else lengths and ranges would count compressed bytes
@@ -142,30 +142,28 @@ def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
         headers |= {"Range": f"bytes={have}-", "If-Range": seen["version"]}
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
-            total, start = check_reply(reply, part, have, seen, flag)
-            if not start:  # a first attempt, a changed file, or a server that knows no ranges
+            if not is_rest(reply, part, have, seen.get("total"), flag):
+                have = 0  # a first attempt, a changed file, or a server that knows no ranges
                 open(part, "wb").close()
+                length = reply.headers.get("Content-Length", "")
                 version = reply.headers.get("ETag", "W/")  # W/ marks a weak one, of no use for ranges
                 version = reply.headers.get("Last-Modified", "") if version.startswith("W/") else version
+                seen = {"url": url, "version": version, "total": int(length) if length.isdigit() else None}
                 with atomic_write(part + ".json", "w") as f:
-                    json.dump({"url": url, "version": version, "total": total}, f)
-            bar.total, bar.n = total, start
+                    json.dump(seen, f)
+            bar.total, bar.n = seen["total"], have
             bar.refresh()
             with open(part, "ab") as f:
                 while chunk := reply.raw.read1(1 << 16, decode_content=False):
                     f.write(chunk)
-                    start += len(chunk)
                     bar.update(len(chunk))
-    except requests.Timeout:
-        raise TryAgain("no answer") from None
-    except requests.ConnectionError as e:
-        raise TryAgain(f"no connection ({type(e).__name__})") from None
-    except HTTPError:  # urllib3's, while the body is read
-        raise TryAgain(f"the connection stalled or broke after {start:,} bytes") from None
+                    have += len(chunk)
+    except (requests.Timeout, requests.ConnectionError, HTTPError) as e:  # urllib3's, while the body is read
+        raise TryAgain(f"the connection failed after {have:,} bytes ({type(e).__name__})") from None
     except requests.RequestException as e:
         raise SystemExit(f"cannot download {url}: {e}; check {flag}=URL") from None
-    if total is not None and start != total:
-        raise TryAgain(f"got {start:,} of {total:,} bytes")
+    if seen["total"] not in (None, have):
+        raise TryAgain(f"got {have:,} of {seen['total']:,} bytes")
 
 
 def partial_download(url: str, part: str) -> tuple[int, dict]:
@@ -173,31 +171,26 @@ def partial_download(url: str, part: str) -> tuple[int, dict]:
     try:
         with open(part + ".json", encoding="utf-8") as f:
             seen = json.load(f)
-        if seen["url"] == url and seen["version"]:
+        if seen["url"] == url and seen["version"] and seen["total"]:
             return os.path.getsize(part), seen
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or a damaged note: start over
     return 0, {}
 
 
-def check_reply(reply, part: str, have: int, seen: dict, flag: str) -> tuple[int | None, int]:
-    """Total size of the file (None: not told) and the offset at which this reply's body starts."""
-    status = reply.status_code
+def is_rest(reply, part: str, have: int, total: int | None, flag: str) -> bool:
+    """Does the reply hold what comes after the `have` bytes that are here? False: the whole file."""
+    status, why = reply.status_code, f"the server says {reply.status_code} {reply.reason}"
     if status == 200:
-        length = reply.headers.get("Content-Length", "")
-        return (int(length) if length.isdigit() else None), 0
-    if status == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-        if match and int(match[1]) == have and int(match[2]) == seen["total"]:
-            return int(match[2]), have
+        return False
+    if status == 206 and have and reply.headers.get("Content-Range") == f"bytes {have}-{total - 1}/{total}":
+        return True
     if status in (206, 416):  # not the range that was asked for: what we have is of no use
         forget(part)
         raise TryAgain("the server has another version of the file")
     if status in (408, 425, 429) or status >= 500:
-        wait = reply.headers.get("Retry-After", "")
-        raise TryAgain(f"the server says {status} {reply.reason}", float(wait) if wait.isdigit() else 0.0)
-    raise SystemExit(f"cannot download {reply.url}: the server says {status} {reply.reason}; "
-                     f"check {flag}=URL")
+        raise TryAgain(why)
+    raise SystemExit(f"cannot download {reply.url}: {why}; check {flag}=URL")
 
 
 def forget(part: str) -> None:
@@ -209,70 +202,44 @@ def forget(part: str) -> None:
 def extract(archive: str, folder: str) -> None:
     """Unpack the dataNN.json files of a .tar.gz into `folder`, which appears whole or not at all.
 
-    Nothing else is taken: no other names, links, devices, or paths that lead out of the archive.
+    Only regular files are taken, each under the last part of its name: no path or link leads elsewhere.
     """
-    scratch = empty_folder(folder + ".tmp")
-    skipped = 0
-    try:
-        with open(archive, "rb") as raw, progress_bar("unpacking", os.path.getsize(archive)) as bar:
-            with gzip.open(raw) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+    with new_folder(folder) as scratch:
+        try:
+            with (open(archive, "rb") as raw, progress_bar("unpacking", os.path.getsize(archive)) as bar,
+                  gzip.open(raw) as plain, tarfile.open(fileobj=plain, mode="r|") as tar):
                 for member in tar:
                     target = os.path.join(scratch, os.path.basename(member.name))
-                    if not is_shard(member, scratch) or os.path.exists(target):
-                        skipped += not member.isdir()
-                        continue
-                    with open(target, "wb") as f:
-                        shutil.copyfileobj(tar.extractfile(member), f, CHUNK)
-                        f.flush()
-                        os.fsync(f.fileno())
+                    if member.isreg() and shard_number(target) >= 0 and not os.path.exists(target):
+                        with atomic_write(target) as f:
+                            shutil.copyfileobj(tar.extractfile(member), f, CHUNK)
                     bar.update(raw.tell() - bar.n)
                 while plain.read(CHUNK):  # to its end, where gzip's checksum is
                     pass
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
-        shutil.rmtree(scratch)
-        raise SystemExit(f"{archive} is damaged ({e}); delete it and run download again") from None
-    if skipped:
-        note(f"{archive}: left out {skipped} members that are not shards")
-    if not any(shard_number(name) >= 0 for name in os.listdir(scratch)):
-        shutil.rmtree(scratch)
-        raise SystemExit(f"{archive} holds no data00.json, data01.json, …; delete it and check --url=URL")
-    replace_folder(scratch, folder)
-
-
-def is_shard(member: tarfile.TarInfo, folder: str) -> bool:
-    try:
-        tarfile.data_filter(member, folder)
-    except tarfile.FilterError:
-        return False
-    return member.isreg() and shard_number(member.name) >= 0
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise SystemExit(f"{archive} is damaged ({e}); delete it and run download again") from None
+        if not os.listdir(scratch):
+            raise SystemExit(f"{archive} holds no data00.json, data01.json, …; delete it and check --url=URL")
 
 
 def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, force: bool) -> None:
     """Stage `download`: the stories (`small`: only those for validation) and the Llama 2 tokenizer."""
     os.makedirs(data_dir, exist_ok=True)
     folder = stories_dir(data_dir)
-    url = url or (SMALL_URL if small else STORIES_URL)
     file = os.path.join(data_dir, "TinyStories-valid.txt" if small else "TinyStories_all_data.tar.gz")
     if os.path.isdir(folder) and not force:
         print(f"{folder} is already there: {len(os.listdir(folder))} files; --force replaces it")
     else:
-        fetch_once(url + os.path.basename(file) * url.endswith("/"), file)
+        fetch(url or (SMALL_URL if small else STORIES_URL), file)
         if small:
             import_files([file], data_dir, force=force)
         else:
             extract(file, folder)
             print(f"{folder}: {len(shard_files(data_dir))} shards; {file} is no longer needed")
     model = tokenizer_path(data_dir, 0)
-    fetch_once(tokenizer_url, model, TOKENIZER_SHA256, "--tokenizer_url")
+    fetch(tokenizer_url, model, TOKENIZER_SHA256, "--tokenizer_url")
     print(f"{Tokenizer(model).export()}: the Llama 2 tokenizer for run.c")
     print(f"next: {command('pretokenize', data_dir)}  (or first train_vocab, for a smaller vocabulary)")
-
-
-def fetch_once(url: str, path: str, sha256: str | None = None, flag: str = "--url") -> None:
-    if os.path.exists(path):
-        print(f"{path} is already there")
-    else:
-        fetch(url, path, sha256, flag)
 
 
 # ---- shards: read, import, synth ---------------------------------------------------------------------
@@ -286,54 +253,51 @@ def shard_number(path: str) -> int:
 def shard_files(data_dir: str) -> list[str]:
     """Paths of the text shards by number: the first is data00, for validation; at least one more follows."""
     folder = stories_dir(data_dir)
-    if not os.path.isdir(folder) and os.path.isdir(folder + ".old"):  # killed inside replace_folder
+    if not os.path.isdir(folder) and os.path.isdir(folder + ".old"):  # killed inside new_folder
         os.rename(folder + ".old", folder)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = sorted((name for name in names if shard_number(name) >= 0), key=shard_number)
-    if not names:
-        raise SystemExit(f"no stories in {folder}; run: {command('download', data_dir)} "
-                         "(or synth, or import FILE)")
-    if shard_number(names[0]) or len(names) < 2:
-        raise SystemExit(f"{folder} needs data00.json for validation and another shard for training; "
-                         f"run: {command('download', data_dir, more='--force')} (or synth, or import FILE)")
+    if len(names) < 2 or shard_number(names[0]) != 0:
+        raise SystemExit(f"no stories in {folder} (data00.json for validation and more for training); "
+                         f"run: {command('download', data_dir)} (or synth, or import FILE)")
     return [os.path.join(folder, name) for name in names]
 
 
-def empty_folder(path: str) -> str:
-    shutil.rmtree(path, ignore_errors=True)
-    os.makedirs(path)
-    return path
+@contextmanager
+def new_folder(folder: str) -> Iterator[str]:
+    """An empty folder that takes the place of `folder` at the end, or is gone after an exception.
 
-
-def replace_folder(new: str, folder: str) -> None:
-    """Rename `new` to `folder`. Until then the old one is .old, where shard_files finds it after a crash."""
-    old = folder + ".old"
-    if os.path.isdir(folder):
+    Between its two renames the old one is `folder`.old, where shard_files finds it after a crash.
+    """
+    scratch, old = folder + ".tmp", folder + ".old"
+    shutil.rmtree(scratch, ignore_errors=True)
+    os.makedirs(scratch)
+    try:
+        yield scratch
+        if os.path.isdir(folder):
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
+        os.rename(scratch, folder)
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_text(path: str, progress: Callable[[int], object]) -> Iterator[str]:
-    """Pieces of a UTF-8 file without its BOM, \\r\\n as \\n; progress(bytes) after each. Bounded memory."""
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    newlines = io.IncrementalNewlineDecoder(utf8, translate=True)
-    offset = 0
-    with open(path, "rb") as f:
+    """Pieces of a UTF-8 file without its BOM, \\r\\n as \\n; progress(bytes) before each. Bounded memory."""
+    with open(path, encoding="utf-8-sig") as f:
         while True:
-            data = f.read(CHUNK)
+            before = f.buffer.tell()
             try:
-                text = newlines.decode(data, final=not data)
-            except UnicodeDecodeError as e:
-                at = offset + len(data) - len(e.object) + e.start
+                text = f.read(CHUNK)
+            except UnicodeDecodeError as e:  # of e.object, the bytes up to where the file was read
+                at = f.buffer.tell() - len(e.object) + e.start
                 raise SystemExit(f"{path} is not UTF-8: byte {at} is 0x{e.object[e.start]:02x}; "
                                  f"convert it first: iconv -f latin1 -t utf-8 {path}") from None
-            yield text
-            offset += len(data)
-            progress(len(data))
-            if not data:
+            progress(f.buffer.tell() - before)
+            if not text:
                 return
+            yield text
 
 
 def read_pieces(path: str, separator: str, progress: Callable[[int], object]) -> Iterator[str]:
@@ -341,92 +305,75 @@ def read_pieces(path: str, separator: str, progress: Callable[[int], object]) ->
     split = re.compile(r"\n\s*\n" if separator == "blank" else re.escape(separator)).split
     rest = ""
     for text in read_text(path, progress):
-        *whole, rest = split(rest + text)
-        yield from filter(str.strip, whole) if separator == "blank" else whole
+        *pieces, rest = split(rest + text)
+        yield from pieces
         if len(rest) > LONGEST_STORY:
             raise SystemExit(f"{path} has {LONGEST_STORY >> 20} million characters without {separator!r}; "
                              "say what ends a story: --separator=blank (blank lines) or --separator=TEXT")
-    if rest.strip():
-        yield rest
+    yield rest
 
 
-class JsonList:
-    """Iterate over the items of a JSON list in a file, holding no more than a piece of it."""
+def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
+    """The items of a JSON list, holding no more of the file than an item and a piece."""
+    decode, skip_space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n]*").match
+    pieces = read_text(path, progress)
+    text, at, line, item = "", 0, 1, 0  # text[at:] is yet to be read, line is that of text[0]
 
-    def __init__(self, path: str, progress: Callable[[int], object]):
-        self.path, self.pieces = path, read_text(path, progress)
-        self.text, self.at, self.line, self.count = "", 0, 1, 0
-        self.decode = json.JSONDecoder().raw_decode
-        self.skip_space = re.compile(r"[ \t\n]*").match
+    def grow() -> bool:
+        """Drop what was read and take another piece; False at the end of the file."""
+        nonlocal text, at, line
+        piece = next(pieces, "")
+        line += text.count("\n", 0, at)
+        text, at = text[at:] + piece, 0
+        return bool(piece)
 
-    def __iter__(self) -> Iterator:
-        if self.peek() != "[":
-            self.fail("not a JSON list", self.at)
-        self.at += 1
-        empty = self.peek() == "]"
-        self.at += empty
-        mark = "]" if empty else ","
-        while mark == ",":
-            self.peek()
-            yield self.item()
-            self.count += 1
-            mark = self.peek()
-            if mark not in (",", "]"):
-                self.fail("expected ',' or ']'" if mark else "the file ends inside the list", self.at)
-            self.at += 1
-        if self.peek():
-            self.fail("text after the list", self.at)
-
-    def peek(self) -> str:
+    def peek() -> str:
         """The next character that is no space; "" at the end of the file."""
+        nonlocal at
         while True:
-            self.at = self.skip_space(self.text, self.at).end()
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self.refill():
-                return ""
+            at = skip_space(text, at).end()
+            if at < len(text) or not grow():
+                return text[at:at + 1]
 
-    def item(self):
-        while True:
-            try:
-                value, self.at = self.decode(self.text, self.at)
-                return value
-            except json.JSONDecodeError as e:
-                # cut off by the end of the text we hold, or wrong? "\ud83" and "fals" end close to it
-                cut = e.msg.startswith("Unterminated") or e.pos >= len(self.text) - 16
-                if not cut or len(self.text) - self.at > LONGEST_STORY or not self.refill():
-                    self.fail(e.msg, e.pos)
-            except RecursionError:
-                self.fail("nested too deeply", self.at)
+    def fail(what: str, after: int = 0):
+        here = line + text.count("\n", 0, at + after)
+        raise SystemExit(f"{path}, line {here}, item {item}: {what}; repair the file, or make it again")
 
-    def refill(self) -> bool:
-        """Drop what was read and at least double the rest (so that long items cost linear time)."""
-        rest = len(self.text) - self.at
-        more: list[str] = []
-        while sum(map(len, more)) <= rest and (piece := next(self.pieces, None)) is not None:
-            more.append(piece)
-        if any(more):
-            self.line += self.text.count("\n", 0, self.at)
-            self.text, self.at = self.text[self.at:] + "".join(more), 0
-        return any(more)
-
-    def fail(self, what: str, position: int):
-        line = self.line + self.text.count("\n", 0, position)
-        raise SystemExit(f"{self.path}, line {line}, item {self.count}: {what}; "
-                         "repair the file, or make it again")
+    if peek() != "[":
+        fail("not a JSON list")
+    at += 1
+    mark = peek()
+    at += mark == "]"
+    while mark != "]":
+        peek()
+        try:
+            value, at = decode(text, at)
+        except json.JSONDecodeError as e:  # wrong, or cut off by the end of the text we hold
+            after = e.pos - at
+            if len(text) - at > LONGEST_STORY or not grow():
+                fail(e.msg, after)
+            continue
+        except RecursionError:
+            fail("nested too deeply")
+        yield value
+        item += 1
+        mark = peek()
+        if mark not in (",", "]"):
+            fail("expected ',' or ']'" if mark else "the file ends inside the list")
+        at += 1
+    if peek():
+        fail("text after the list")
 
 
 def text_of(item: object, field: str | None, where: str) -> str:
     """The text of a JSON item: itself, or what it has under `field` (default: story, else text)."""
     if isinstance(item, str):
         return item
-    if not isinstance(item, dict):
-        raise SystemExit(f"{where}: expected a text or an object with one, found {json.dumps(item)[:40]}")
     names = [field] if field else ["story", "text"]
     for name in names:
-        if isinstance(item.get(name), str):
+        if isinstance(item, dict) and isinstance(item.get(name), str):
             return item[name]
-    raise SystemExit(f"{where}: no text under {' or '.join(names)}, only {', '.join(map(repr, item))[:80]}; "
+    raise SystemExit(f"{where}: no text under {' or '.join(names)} in {json.dumps(item)[:60]}; "
                      "name the field: --field=NAME")
 
 
@@ -435,7 +382,7 @@ def read_stories(path: str, progress: Callable[[int], object], separator: str = 
     """The stories of a .json, .jsonl or text file, as they stand there. SystemExit names the place."""
     kind = os.path.splitext(path)[1].lower()
     if kind == ".json":
-        for i, item in enumerate(JsonList(path, progress)):
+        for i, item in enumerate(read_json_list(path, progress)):
             yield text_of(item, field, f"{path}, item {i}")
     elif kind in (".jsonl", ".ndjson"):
         for i, line in enumerate(read_pieces(path, "\n", progress), start=1):
@@ -450,60 +397,40 @@ def read_stories(path: str, progress: Callable[[int], object], separator: str = 
 
 
 def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: int, force: bool) -> None:
-    """Deal stories out to shards; the folder appears when all are written.
+    """Deal stories out to shards, without the empty ones; the folder appears when all are written.
 
     Of each `num_shards` stories in a row every shard gets one, by a seeded shuffle: shard 00 is a fair sample
     of the whole, and memory does not grow. With fewer stories than that there is a shard for each.
     """
-    refuse_existing(data_dir, force)
-    empty = 0
-
-    def not_empty() -> Iterator[str]:
-        nonlocal empty
-        for text in map(str.strip, stories):
-            empty += not text
-            if text:
-                yield text
-
-    kept = not_empty()
-    block = list(itertools.islice(kept, num_shards))
-    if len(block) < 2:
-        raise SystemExit(f"found {len(block)} stories and need 2, one of them for validation; "
-                         "is --separator right? --separator=blank splits at blank lines")
-    folder = stories_dir(data_dir)
-    scratch = empty_folder(folder + ".tmp")
-    rng = random.Random(seed)
-    counts = [0] * len(block)
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(os.path.join(scratch, f"data{i:02d}.json"), "w", encoding="utf-8"))
-                 for i in range(len(block))]
-        while block:
-            for i, text in zip(rng.sample(range(len(files)), len(block)), block):
-                files[i].write(",\n" if counts[i] else "[\n")
-                json.dump({"story": text}, files[i])
-                counts[i] += 1
-            block = list(itertools.islice(kept, num_shards))
-        for f in files:
-            f.write("\n]\n")
-            f.flush()
-            os.fsync(f.fileno())
-    replace_folder(scratch, folder)
-    print(f"{folder}: {sum(counts):,} stories in {len(counts)} shards, {counts[0]:,} of them for validation"
-          + f" ({empty:,} empty ones left out)" * bool(empty))
-    print(f"next: {command('train_vocab', data_dir, 4096)}")
-
-
-def refuse_existing(data_dir: str, force: bool) -> None:
     folder = stories_dir(data_dir)
     if os.path.isdir(folder) and not force:
         raise SystemExit(f"{folder} already holds stories; --force replaces them, "
                          "--data_dir=DIR puts these elsewhere")
+    stories = filter(None, map(str.strip, stories))
+    block = list(itertools.islice(stories, num_shards))
+    if len(block) < 2:
+        raise SystemExit(f"found {len(block)} stories and need 2, one of them for validation; "
+                         "is --separator right? --separator=blank splits at blank lines")
+    rng = random.Random(seed)
+    counts = [0] * len(block)
+    with new_folder(folder) as scratch, ExitStack() as stack:
+        files = [stack.enter_context(atomic_write(os.path.join(scratch, f"data{i:02d}.json"), "w"))
+                 for i in range(len(block))]
+        while block:
+            for i, text in zip(rng.sample(range(len(files)), len(block)), block, strict=False):
+                files[i].write(",\n" if counts[i] else "[\n")
+                json.dump({"story": text}, files[i])
+                counts[i] += 1
+            block = list(itertools.islice(stories, num_shards))
+        for f in files:
+            f.write("\n]\n")
+    print(f"{folder}: {sum(counts):,} stories in {len(counts)} shards, {counts[0]:,} of them for validation")
+    print(f"next: {command('train_vocab', data_dir, 4096)}")
 
 
 def import_files(paths: list[str], data_dir: str, separator: str = "endoftext", field: str | None = None,
                  num_shards: int = 10, seed: int = 1337, force: bool = False) -> None:
     """Stage `import`: stories of text and JSON files into shards. Streams: memory stays flat at any size."""
-    refuse_existing(data_dir, force)
     separator = "<|endoftext|>" if separator == "endoftext" else separator.replace("\\n", "\n")
     for path in paths:
         if not os.path.isfile(path):
@@ -521,19 +448,277 @@ def synth(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bo
     write_shards(stories, data_dir, num_shards, seed, force)
 
 
-# --- synth grammar ---
-NAMES = ["Tom", "Lily", "Sam", "Mia", "Ben", "Anna"]
-THINGS = ["ball", "kite", "boat", "cake", "drum", "hat"]
-PLACES = ["park", "garden", "forest", "kitchen", "barn"]
+# ---- the story grammar -------------------------------------------------------------------------------
+
+# A story is a shape: a template, and a table of things that fit it. One row of the table fills the template's
+# {slots}, so a ball has rolled under the bed and a torn kite gets tape. [a|b] picks an alternative (they
+# nest), [|x] may leave x out, // starts a paragraph, {Name} is {name} with a capital letter. Chance comes
+# from `rng.random()` alone: a seed gives the same story on every machine and Python version.
+# Not for: variety like TinyStories'. Words and sentences are plain enough for a 260K model.
+
+# the cast: (name, pronoun, kind)
+
+PRONOUNS = {"he": ("he", "him", "his"), "she": ("she", "her", "her")}
+CHILDREN = [(name, "she", "girl") for name in ("Lily", "Mia", "Anna", "Sue", "Amy", "Lucy")]
+CHILDREN += [(name, "he", "boy") for name in ("Tim", "Ben", "Tom", "Max", "Sam", "Jack")]
+ANIMALS = [("Bobo", "he", "bear"), ("Coco", "she", "bear"), ("Hop", "he", "bunny"), ("Dot", "she", "bunny"),
+           ("Rusty", "he", "fox"), ("Ruby", "she", "fox"), ("Pip", "he", "panda"), ("Poppy", "she", "panda")]
+ADULTS = [("mum", "she"), ("mum", "she"), ("dad", "he"), ("dad", "he"), ("grandma", "she"), ("grandpa", "he")]
+COLORS = ["red", "blue", "green", "yellow", "pink", "orange", "new", "old"]
+
+# the tables: a name and the columns, then the rows; a cell may hold other {slots}
+
+STORY_TABLES = """
+toys: toy | use        | together                       | why                       | hid
+ball      | bounce it  | kicked the ball together       | It had rolled there.      | under the bed
+car       | push it    | pushed the car up and down     | It had rolled there.      | under the sofa
+train     | push it    | made a road for the train      | {Name} had left it there. | behind the sofa
+teddy     | hug it     | had a tea party with the teddy | It had fallen there.      | behind the bed
+drum      | bang on it | banged on the drum and sang    | {Name} had left it there. | in the kitchen
+boat      | sail it    | sailed the boat on the pond    | {Name} had left it there. | in the bath
+
+breaks: toy | oops                                       | mend
+car         | pushed it too hard, and a wheel came off   | put the wheel back on
+teddy       | pulled it too hard, and an ear came off    | sewed the ear back on
+kite        | ran into a bush with it, and the kite tore | put tape on the kite
+book        | turned the page too fast, and it tore      | put tape on the page
+
+fears: fear    | where     | tip                             | did
+the big slide  | the park  | Sit down and hold on            | climbed up and went down the slide
+the cold water | the beach | Put one foot in first           | put in one foot and then the other foot
+the big dog    | the farm  | Let the dog smell your {hand}   | held out {his} {hand}, and the dog licked it
+the big horse  | the farm  | Give the horse an apple         | held out an apple, and the horse ate it
+the old bridge | the woods | Look at me and take small steps | took small steps to the other side
+
+pets: pet | where        | trouble                       | help                          | after
+bird      | under a tree | hurt and could not fly        | put it in a soft box          | sang a song
+kitten    | up in a tree | afraid and could not get down | got it down with a ladder     | licked {name}
+puppy     | by the road  | cold and wet                  | put a warm blanket on it      | wagged its tail
+turtle    | on the path  | stuck on its back             | turned it over                | walked to the pond
+duck      | in the woods | lost and wanted its mum       | showed it the way to the pond | swam to its mum
+fish      | in a puddle  | stuck and wanted to go home   | took it to the pond           | swam away
+
+rain: plan         | made
+ride {his} bike    | made a boat out of a big box
+play in the garden | made a tent with a blanket and two chairs
+go to the park     | put on funny hats and danced
+fly a kite         | played hide and seek
+
+chores: chore       | oops                                      | fix
+sweep the leaves    | the wind blew the leaves away             | swept up the leaves again
+carry the apples    | the bag broke, and the apples rolled away | picked up all the apples
+hang up the clothes | a sock fell in the mud                    | washed the sock again
+set the table       | a spoon fell on the floor                 | washed the spoon
+
+dishes: dish | food    | steps                              | oops                        | fix
+a cake       | cake    | put eggs, milk and flour in a bowl | an egg fell on the floor    | got a new egg
+a pie        | pie     | put apples in a bowl               | an apple fell on the floor  | washed the apple
+some soup    | soup    | put carrots and peas in a big pot  | {name} put in too much salt | put in more water
+a pancake    | pancake | put eggs and milk in a bowl        | some milk fell on the floor | got more milk
+
+races: goal  | oops                               | help
+the big tree | {pal} fell and hurt {pal_his} knee | helped {pal} get up
+the gate     | {pal} got stuck in the mud         | pulled {pal} out of the mud
+the pond     | {pal} fell into a hole             | pulled {pal} out of the hole
+
+nights: sound    | cause                  | fix
+Tap, tap, tap    | a branch at the window | closed the window
+Meow, meow       | the cat at the door    | let the cat in
+Drip, drip, drip | the water in the bath  | turned off the water
+Hoo, hoo         | an owl in the tree     | waved at the owl
+
+tasks: want                   | tried                      | oops                  | help
+get a book from the top shelf | climbed on a chair         | the chair shook       | got the book for {name}
+open the jar of jam           | turned and turned the lid  | the lid did not move  | opened the jar for {name}
+carry a big box of toys       | pulled and pulled the box  | the box was too heavy | helped {name} carry it
+put on {his} {color} coat     | pulled and pulled the coat | {he} got stuck in it  | turned the coat around
+
+gifts: gift | made                               | oops                       | fix
+card        | drew a red heart on the card       | a drop of paint fell on it | made the drop into a flower
+necklace    | put pretty shells on a string      | the string broke           | put the shells on a new string
+cake        | put eggs, milk and flour in a bowl | the cake came out flat     | put berries on top of the cake
+
+plants: plant | grew                 | end
+sunflower     | a tall yellow flower | showed the flower to {friend}
+carrot        | a long orange carrot | shared the carrot with {friend}
+tomato        | a round red tomato   | shared the tomato with {friend}
+pumpkin       | a fat orange pumpkin | made pumpkin soup with {his} {adult}
+
+meets: where  | doing                      | play
+in the park   | sitting alone on the swing | took turns on the swing
+at the beach  | making a house of sand     | made a big house of sand
+in the garden | picking flowers            | made a crown of flowers
+on the hill   | flying a {color} kite      | flew the kite together
+
+rules: rule         | did                   | oops                          | care
+run by the pond     | ran and ran           | fell into the water           | dried {name} with a towel
+jump on the bed     | jumped and jumped     | fell off and hurt {his} head  | put ice on {his} head
+touch the hot pot   | touched the pot       | hurt {his} {hand}             | put cold water on {his} {hand}
+go out with no coat | went out with no coat | got very cold                 | put a warm blanket on {name}
+climb on the wall   | climbed up the wall   | fell down and hurt {his} knee | washed {his} knee
+
+trips: place | saw              | did
+the farm     | three white cows | gave the cows some grass
+the beach    | a {color} boat   | waved at the boat
+the pond     | two ducks        | gave seeds to the ducks
+the zoo      | an elephant      | waved at the elephant
+the woods    | a tall tree      | sat down under the tree
+"""
+
+# the templates: pieces that many stories use, then the shapes, each with the name of its table
+
+STORY_PIECES = {
+    "day": "[One day|One day|One morning|One afternoon]",
+    "open": "[Once upon a time, there was a [little|happy|kind] {kind} named {name}|There once was a little "
+            "{kind} named {name}|{Name} was a [little|happy|kind] {kind}][||| who lived in a small house"
+            "| who lived with {his} mum and dad| who loved to [sing|dance|laugh]].",
+    "start": "[{open} [|//] {day}, {name}|{day}, a [little|happy|kind] {kind} named {name}]",
+    "oh_no": '[||"Oh no!" [said|cried] {name}.]',
+    "calm": "[Do not worry|Do not be sad|It is okay]",
+    "thanks": '["Thank you, {Adult}!" said {name}.|{Name} hugged {his} {adult}.]',
+    "joy": "[{Name} was very happy.|They were very happy.|They laughed and laughed.|What a good day!]",
+    "learned": "[From that day on, {name} knew|{Name} learned] that",
+}
+
+STORY_SHAPES = [
+    ("toys", """{open} {He} had a {color} {toy}[| and loved to {use}| and took it everywhere]. // {day},
+{name} could not find the {toy}[| and was sad]. {He} looked under the table and behind the door, but the {toy}
+was not there. ["Where is my {toy}?" {he} asked {his} {adult}.|{Name} asked {his} {adult} for help.] "{calm},
+{name}. [We will find it|I will help you look]," said {his} {adult}. // They looked and looked, and at last
+they found it {hid}. [|{why}] {thanks} [|{joy}|From that day on, {name} put the {toy} away every night.]"""),
+    ("toys", """{start} was playing with {his} {color} {toy} when {friend} came to play, too. "Can I play with
+your {toy}[|, please]?" asked {pal}. "No, it is mine!" said {name}. {Pal} was sad and sat down alone. //
+{Name} played with the {toy}, but it was not fun to play alone. ["It is good to share with a friend," said
+{his} {adult}.|{He} looked at {pal} and felt bad.] [So|Then] {name} gave the {toy} to {pal} and said, "[I am
+sorry. You can have a turn|I am sorry. We can play together|You can have a turn now]." {Pal} smiled, and they
+{together}. [|{joy}|{learned} it is [good|fun] to share.]"""),
+    ("breaks", """{start} went to play with {friend}, who had a {color} {toy}. "Can I have a turn?" asked
+{name}. "Yes, but please be careful," said {pal}. But {name} {oops}. {oh_no} // {Name} was afraid, so {he} hid
+the {toy} under a blanket. "Where is my {toy}?" asked {pal}. {Name} said, "I broke it, and I am sorry." [{Pal}
+was sad, but {pal_he} was not angry.|"Thank you for telling me," said {pal}.] {Pal}'s {adult} {mend}, and soon
+[the {toy} was as good as new|they could play again]. [|{joy}|{learned} it is good to [be careful|say
+sorry].]"""),
+    ("fears", """{start} went to {where} with {his} {adult}. {Name} wanted to have fun, but {he} was afraid of
+{fear}. [|"I cannot do it," said {name}.|"I want to go home," said {name}.] // {His} {adult} took {his} {hand}
+and said, "[I am here with you|You can do it|Do not be afraid]. {tip}." {Name} was still a little afraid, but
+{he} wanted to try. {He} {did}. "[I did it|Look at me]!" {he} cried. [|"I am very proud of you," said {his}
+{adult}.] [{joy}|{Name} was not afraid any more.|{Name} felt brave.]"""),
+    ("pets", """{start} saw a little {pet} {where}. The {pet} was {trouble}. "Do not be [sad|afraid], little
+{pet}. I will help you," said {name}. // {Name} ran to {his} {adult} for help. They went to the {pet} and
+{help}. Soon, the {pet} felt better and {after}. [|{Name} was very happy.|{learned} it is good to help.]"""),
+    ("rain", """{start} wanted to {plan}, but it began to rain. [{Name} looked out of the window and was
+sad.|"I do not like the rain," said {name}.] // "{calm}, {name}. We can have fun inside," said {his} {adult}.
+So {name} and {his} {adult} {made}. [|It was a lot of fun.] [|// Soon, the rain stopped and the sun came out.
+[{Name} ran out and jumped in the puddles.|Now {name} could {plan}.|"Look, I can see a rainbow!" said
+{name}.]] [|{joy}|{learned} a rainy day can be fun, too.]"""),
+    ("chores", """{start} wanted to help {his} {adult}. "[What can I do|How can I help]?" asked {name}. "You
+can {chore} with me," said {his} {adult}. {Name} worked [very hard|as fast as {he} could], but then {oops}.
+{oh_no} // "{calm}, {name}. I will help you," said {his} {adult}. They {fix}, and soon the work was done.
+"[You are a good helper|Thank you for your help]," said {his} {adult}. [|{joy}|{Name} was very proud.|Then
+they sat down and had some cookies and milk.]"""),
+    ("dishes", """{start} was hungry. "Can we make {dish}?" {he} asked {his} {adult}. "Yes, we can make it
+together," said {his} {adult}. First, they washed their {hand}s, and then they {steps}. But {oops}. {oh_no} //
+"{calm}, {name}," said {his} {adult}. So they {fix}, and soon the {food} was ready. [|The kitchen smelled very
+nice.] [Then|Then {friend} came, and] they sat down and ate the {food}. [|"Yum!" said {name}.] [|{joy}]"""),
+    ("races", """{start} was playing with {friend}. "Let us run to {goal}!" said {pal}. [|"I will win!" said
+{name}.] They ran very fast. But then {oops}. [|"Help!" cried {pal}.] // {Name} wanted to win, but {his}
+friend needed help. So {he} ran back and {help}. "Thank you, {name}. You are a good friend," said {pal}. They
+walked to {goal} together. [|"We both win!" said {name}.] [|{joy}|{learned} it is good to help.]"""),
+    ("nights", """{open} // One night, {name} was in bed and could not sleep. {sound}! What was that sound?
+{Name} [was afraid|hid under {his} blanket] and called {his} {adult}. // {His} {adult} came in with a lamp and
+looked around. It was only {cause}! {His} {adult} {fix} and said, "[You are safe now|It is time to sleep]."
+[|Then {his} {adult} [sang a soft song|gave {him} a kiss].] ["Good night, {Adult}," said {name}.|{Name} was
+not afraid any more.] {He} closed {his} eyes[ and went to sleep|, and soon {he} was asleep]."""),
+    ("tasks", """{start} wanted to {want}. [|"I can do it," {he} said.] {He} {tried}, but {oops}. {Name}
+[tried again, but {he} could not do it alone|was sad and did not know what to do]. // "Can you help me,
+please?" {he} asked {his} {adult}. "Yes, I am happy to help you," said {his} {adult}. {Adult_he} smiled and
+{help}. {thanks} [|{joy}|{learned} it is good to ask for help.]"""),
+    ("gifts", """{start} wanted to make a {gift} for {his} {adult}. {He} {made}, but {oops}. {oh_no} {Name}
+[was sad|wanted to cry], but then {he} had a good idea. {He} {fix}[|, and now the {gift} was very pretty]. //
+{Name} gave the {gift} to {his} {adult} and said, "[This is for you|I made this for you]." "[I love it|It is
+so pretty]! Thank you, {name}," said {his} {adult}. [|{joy}|{His} {adult} gave {him} a big hug.]"""),
+    ("plants", """{start} had a {plant} seed. {He} put the seed in the ground and gave it some water. [|"Grow,
+little seed!" {he} said.] The next day, {name} looked at the ground, but there was nothing to see. "A seed
+needs time," said {his} {adult}. // {Name} gave the seed water every day and [waited and waited|sang a song to
+it]. At last, {he} saw a small green leaf. It grew and grew, and soon there was {grew}! {Name} {end}.
+[|{joy}|{learned} it is good to wait.]"""),
+    ("meets", """{start} had no one to play with. {He} saw a {pal_kind} {doing} {where}. {Name} [was shy, but
+{he} wanted a friend|wanted to play, too]. "Hello, my name is {name}. What is your name?" asked {name}. "I am
+{pal}," said the {pal_kind}. // "Can I play with you?" asked {name}. "Yes[|, please]!" said {pal}, and they
+{play}. [|It was a lot of fun.] From that day on, {name} and {pal} were [good|best] friends."""),
+    ("rules", """{start} wanted to play. "Please do not {rule}," said {his} {adult}. But {name} did not
+listen. {He} {did}, and then {he} {oops}. "[Help me, {Adult}|Oh no]!" cried {name}. // {His} {adult} came to
+help and {care}. "I am sorry I did not listen," said {name}. ["[I love you. |]Please listen next time," said
+{his} {adult}.|{His} {adult} hugged {name} and said, "Please listen next time."] [|From that day on, {name}
+listened to {his} {adult}.]"""),
+    ("trips", """{start} [went|walked] to {place} with {his} [{adult}|friend {pal}]. They saw {saw}[ and|.
+"Look!" said {name}. They] {did}. [It was a lot of fun.|{joy}|It was a warm and sunny day.] [|When the sun
+went down, they went home[| and had some hot soup| and went to bed].]"""),
+]
+
+# from a shape to a story
+
+
+def pick_one(rng: random.Random, options: list):
+    """One of `options`, each as likely as the next."""
+    return options[int(rng.random() * len(options))]
+
+
+def read_story_tables(text: str) -> dict[str, list[dict[str, str]]]:
+    """{table name: rows}, each row a dict from column name to cell."""
+    tables = {}
+    for block in text.strip().split("\n\n"):
+        name, body = block.split(":", 1)
+        header, *rows = [[cell.strip() for cell in line.split("|")] for line in body.splitlines()]
+        tables[name] = [dict(zip(header, row, strict=True)) for row in rows]
+    return tables
+
+
+STORY_ROWS = read_story_tables(STORY_TABLES)
+
+
+def draw_cast(rng: random.Random) -> dict[str, str]:
+    """Slots for the hero {name}, a friend {pal} (never the hero) and the {adult}."""
+    cast = pick_one(rng, [CHILDREN, CHILDREN, ANIMALS])
+    hero, he, kind = pick_one(rng, cast)
+    pal, pal_he, pal_kind = pick_one(rng, [person for person in cast if person[0] != hero])
+    adult, adult_he = pick_one(rng, ADULTS)
+    he, him, his = PRONOUNS[he]
+    return {
+        "name": hero, "kind": kind, "he": he, "him": him, "his": his,
+        "pal": pal, "pal_kind": pal_kind, "pal_he": pal_he, "pal_his": PRONOUNS[pal_he][2],
+        "friend": f"{his} friend {pal}", "adult": adult, "adult_he": adult_he,
+        "hand": "paw" if cast is ANIMALS else "hand", "color": pick_one(rng, COLORS),
+    }
+
+
+def choose_alternatives(rng: random.Random, text: str) -> str:
+    """Replaces every [a|b|c] with one of its alternatives, the innermost first."""
+    while "[" in text:
+        start = text.rindex("[")
+        end = text.index("]", start)
+        text = text[:start] + pick_one(rng, text[start + 1:end].split("|")) + text[end + 1:]
+    return text
+
+
+def fix_articles(text: str) -> str:
+    """Writes "an" for "a" before a vowel, and one space between words."""
+    words = text.split()
+    for i, following in enumerate(words[1:]):
+        if words[i] == "a" and following[0] in "aeiou":
+            words[i] = "an"
+    return " ".join(words)
 
 
 def synth_story(rng: random.Random) -> str:
-    name, friend = rng.sample(NAMES, 2)
-    thing, place = rng.choice(THINGS), rng.choice(PLACES)
-    return (f"Once upon a time, there was a child named {name}. {name} had a red {thing}. One day, {name} "
-            f"lost the {thing} in the {place}. \"Can you help me?\" {name} asked. {friend} looked for "
-            f"{rng.randint(2, 9)} minutes and found the {thing}.\n{name} was happy and said, \"Thank you!\"")
-# --- end of synth grammar ---
+    """One story of 3 to 15 sentences, its paragraphs joined by newlines. Draws only `rng.random()`."""
+    table, text = pick_one(rng, STORY_SHAPES)
+    slots = STORY_PIECES | draw_cast(rng) | pick_one(rng, STORY_ROWS[table])
+    slots |= {key.capitalize(): value[0].upper() + value[1:] for key, value in slots.items()}
+    while "{" in text:  # a slot's text may hold slots too
+        text = text.format(**slots)
+    paragraphs = [fix_articles(paragraph) for paragraph in choose_alternatives(rng, text).split("//")]
+    return "\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
 # ---- train_vocab -------------------------------------------------------------------------------------
@@ -544,7 +729,6 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
         raise SystemExit(f"--vocab_size={vocab_size} is not between 1 and {MAX_VOCAB} (16 bits per token); "
                          f"run: {command('train_vocab', data_dir, 4096)}")
     shards = shard_files(data_dir)[1:1 + num_shards]
-    model = tokenizer_path(data_dir, vocab_size)
     failure: list[SystemExit] = []
 
     def lines() -> Iterator[str]:
@@ -571,6 +755,7 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
             minloglevel=2)
     except RuntimeError as e:
         raise failure[0] if failure else vocab_error(str(e), data_dir, vocab_size) from None
+    model = tokenizer_path(data_dir, vocab_size)
     with atomic_write(model) as f:
         f.write(proto.getvalue())
     print(f"{model}: {vocab_size} pieces from {len(shards)} shards; next: "
@@ -579,14 +764,12 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
 
 def vocab_error(message: str, data_dir: str, vocab_size: int) -> SystemExit:
     """sentencepiece's complaint in our words, with the size to type instead."""
-    small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
-    large = re.search(r"Please set it to a value <= (\d+)", message)
-    if small:
-        return SystemExit(f"--vocab_size={vocab_size} is too small: this text's characters need {small[1]}; "
-                          f"run: {command('train_vocab', data_dir, int(small[1]))} (or larger)")
-    if large:
-        return SystemExit(f"--vocab_size={vocab_size} is too large: this text gives {large[1]} pieces; "
-                          f"run: {command('train_vocab', data_dir, int(large[1]))} (or smaller)")
+    for pattern, problem, other in (
+            (r"required_chars\. \d+ vs (\d+)", "too small: this text's characters need", "larger"),
+            (r"Please set it to a value <= (\d+)", "too large: the most that this text gives is", "smaller")):
+        if match := re.search(pattern, message):
+            return SystemExit(f"--vocab_size={vocab_size} is {problem} {match[1]}; "
+                              f"run: {command('train_vocab', data_dir, int(match[1]))} (or {other})")
     return SystemExit(f"sentencepiece cannot train on these stories: {message.splitlines()[0]}; "
                       f"check them, or replace them: {command('import', data_dir, more='--force FILE')}")
 
@@ -599,13 +782,10 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int) -
     Shards that are done already, also by an interrupted run, are skipped. meta.json says what the shards
     hold and comes last; while it is missing nothing can be read.
     """
-    if not 0 <= vocab_size <= MAX_VOCAB:
-        raise SystemExit(f"--vocab_size={vocab_size} is not between 0 (Llama 2's) and {MAX_VOCAB} "
-                         f"(16 bits per token); run: {command('pretokenize', data_dir, 4096)}")
     tokenizer = Tokenizer(tokenizer_path(data_dir, vocab_size))
     if vocab_size not in (0, tokenizer.vocab_size) or tokenizer.vocab_size > MAX_VOCAB:
         raise SystemExit(f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces, "
-                         f"not {vocab_size or 32000}; run: "
+                         f"not {vocab_size or 32000} (at most {MAX_VOCAB}); run: "
                          + command("train_vocab", data_dir, vocab_size or 4096))
     sources = shard_files(data_dir)
     folder = token_dir(data_dir, vocab_size)
@@ -613,25 +793,21 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int) -
     head = {"format": META_FORMAT, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256,
             "bos_id": tokenizer.bos_id}
     done = {} if force else shards_done(folder, head, sources)
-    todo = [source for source in sources if os.path.basename(source) not in done]
+    todo = [source for source in sources if source not in done]
     final, partial = os.path.join(folder, "meta.json"), os.path.join(folder, "meta.json.partial")
 
-    def save(path: str) -> None:
-        shards = [done[os.path.basename(source)] for source in sources if os.path.basename(source) in done]
-        with atomic_write(path, "w") as f:
-            json.dump(head | {"shards": shards}, f, indent=1)
+    def save() -> None:
+        with atomic_write(partial, "w") as f:
+            json.dump(head | {"shards": [done[source] for source in sources if source in done]}, f, indent=1)
 
-    if todo or not os.path.exists(final):
-        save(partial)
-        if os.path.exists(final):
-            os.remove(final)
-        for entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
-            done[entry["source"]] = entry
-            save(partial)
-    save(final)
-    if os.path.exists(partial):
-        os.remove(partial)
-    stories, tokens, size = (sum(done[os.path.basename(s)][key] for s in sources)
+    save()
+    if todo and os.path.exists(final):
+        os.remove(final)
+    for source, entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
+        done[source] = entry
+        save()
+    os.replace(partial, final)
+    stories, tokens, size = (sum(entry[key] for entry in done.values())
                              for key in ("stories", "tokens", "bytes"))
     print(f"{folder}: {stories:,} stories, {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes each"
           + f" ({len(sources) - len(todo)} of {len(sources)} shards were up to date)" * (todo != sources))
@@ -641,117 +817,103 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int) -
 
 def source_state(source: str) -> dict:
     """What tells one version of a text shard from another, without reading it."""
-    stat, name = os.stat(source), os.path.basename(source)
-    return {"source": name, "source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns}
+    stat = os.stat(source)
+    return {"source": os.path.basename(source), "source_bytes": stat.st_size,
+            "source_mtime_ns": stat.st_mtime_ns}
 
 
 def shards_done(folder: str, head: dict, sources: list[str]) -> dict[str, dict]:
     """Entries, by source, of token shards that a run like this one has already written and that are whole."""
-    done = {}
+    entries = {}
     for name in ("meta.json", "meta.json.partial"):
         try:
             with open(os.path.join(folder, name), encoding="utf-8") as f:
                 meta = json.load(f)
             if head.items() <= meta.items():
-                done |= {entry["source"]: entry for entry in meta["shards"]}
+                entries |= {entry["source"]: entry for entry in meta["shards"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # missing or damaged: do its shards again
-    return {entry["source"]: entry for source in sources
-            if (entry := done.get(os.path.basename(source))) and source_state(source).items() <= entry.items()
+    return {source: entry for source in sources
+            if (entry := entries.get(os.path.basename(source)))
+            and source_state(source).items() <= entry.items()
             and file_size(os.path.join(folder, entry["name"])) == 2 * entry["tokens"]}
 
 
-def file_size(path: str) -> int:
-    return os.path.getsize(path) if os.path.isfile(path) else -1
+def tokenize_shards(sources: list[str], folder: str, model: str,
+                    num_workers: int) -> Iterator[tuple[str, dict]]:
+    """(source, its entry for meta.json) as each is done, by processes. The first failure stops them all."""
+    sources = sorted(sources, key=os.path.getsize, reverse=True)  # the largest first: no long tail at the end
+    with ProcessPoolExecutor(min(num_workers, len(sources) or 1), initializer=start_worker) as pool:
+        futures = {pool.submit(tokenize_shard, source, folder, model): source for source in sources}
+        try:
+            with progress_bar("tokenizing", sum(map(os.path.getsize, sources))) as bar:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+                    bar.update(os.path.getsize(futures[future]))
+        except BaseException as e:  # also Ctrl-C
+            for process in multiprocessing.active_children():
+                process.terminate()
+            if isinstance(e, BrokenProcessPool):
+                raise SystemExit("a worker process was killed, perhaps for memory; run the same again "
+                                 "to go on, with fewer --num_workers") from None
+            raise
 
 
-def tokenize_shard(source: str, folder: str, tokenizer: Tokenizer, progress: Callable[[int], object]) -> dict:
+def start_worker() -> None:
+    """In a new worker: leave Ctrl-C to the parent, and end when it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def tokenize_shard(source: str, folder: str, model: str) -> dict:
     """Write one token shard as a stream; returns its entry for meta.json. Empty stories are left out."""
+    tokenizer = Tokenizer(model)
     name = os.path.splitext(os.path.basename(source))[0] + ".bin"
     state = source_state(source)
     stories = tokens = size = 0
     digest = hashlib.sha256()
     with atomic_write(os.path.join(folder, name)) as f:
-        for i, story in enumerate(read_stories(source, progress)):
-            story = story.strip()
-            if not story:
-                continue
-            try:
-                packed = tokenizer.pack(story)
-            except (RuntimeError, ValueError, MemoryError) as e:
-                raise SystemExit(f"{source}, item {i}: {type(e).__name__}: {e}; "
-                                 "remove or repair that story") from None
+        for batch in batches_of_stories(source):
+            packed = encode_stories(tokenizer, batch, source).tobytes()
             f.write(packed)
             digest.update(packed)
-            stories += 1
+            stories += len(batch)
             tokens += len(packed) // 2
-            size += len(story.encode("utf-8", "replace"))
+            size += sum(len(text.encode("utf-8", "replace")) for _, text in batch)
     return {"name": name, "tokens": tokens, "stories": stories, "bytes": size,
             "sha256": digest.hexdigest(), **state}
 
 
-def tokenize_shards(sources: list[str], folder: str, model: str, num_workers: int) -> Iterator[dict]:
-    """tokenize_shard for each source, in processes. Raises SystemExit at the first that fails or dies."""
-    sources = sorted(sources, key=os.path.getsize, reverse=True)  # the largest first: no long tail at the end
-    turn = multiprocessing.Value("q", 0)
-    running = {}
-    for _ in range(min(num_workers, len(sources))):
-        ours, theirs = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.Process(target=tokenize_worker, daemon=True,
-                                          args=(sources, turn, folder, model, theirs, os.getpid()))
-        process.start()
-        theirs.close()  # so that only the worker holds it, and its death is the end of the file for us
-        running[ours] = process
-    try:
-        with progress_bar("tokenizing", sum(map(os.path.getsize, sources))) as bar:
-            while running:
-                for pipe in multiprocessing.connection.wait(list(running)):
-                    try:
-                        what, value = pipe.recv()
-                    except EOFError:
-                        running[pipe].join()
-                        code = running[pipe].exitcode
-                        raise SystemExit(f"a worker died (exit code {code}; -9: killed, perhaps for memory); "
-                                         "run the same again to go on, with fewer --num_workers") from None
-                    if what == "error":
-                        raise SystemExit(value)
-                    if what == "bytes":
-                        bar.update(value)
-                    elif what == "shard":
-                        yield value
-                    else:
-                        running.pop(pipe).join()
-    finally:
-        for process in running.values():
-            process.terminate()
+def batches_of_stories(source: str) -> Iterator[list[tuple[int, str]]]:
+    """Stories with their indices in the shard, in lists of about BATCH characters."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for i, text in enumerate(map(str.strip, read_stories(source, id))):
+        if text:
+            batch.append((i, text))
+            size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def tokenize_worker(sources: list[str], turn, folder: str, model: str, pipe, parent: int) -> None:
-    """A process: take the next shard until there is none.
-
-    Sends ("bytes", n) as it reads, ("shard", entry) for each, then ("end", None) or ("error", line).
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-
-    def progress(size: int) -> None:
-        if os.getppid() != parent:  # killed: nobody will write meta.json
-            os._exit(1)
-        pipe.send(("bytes", size))
-
-    source = "the tokenizer"
-    try:
-        tokenizer = Tokenizer(model)
-        while True:
-            with turn.get_lock():
-                mine, turn.value = turn.value, turn.value + 1
-            if mine >= len(sources):
-                return pipe.send(("end", None))
-            source = sources[mine]
-            pipe.send(("shard", tokenize_shard(source, folder, tokenizer, progress)))
-    except SystemExit as e:
-        pipe.send(("error", str(e)))
-    except Exception as e:  # the edge of the process: whatever it is, the parent must hear of it
-        pipe.send(("error", f"{source}: {type(e).__name__}: {e}; run the same again to go on"))
+def encode_stories(tokenizer: Tokenizer, stories: list[tuple[int, str]], source: str) -> np.ndarray:
+    """The stories' ids one after the other, each story begun by BOS. SystemExit names the one that fails."""
+    try:  # on one thread: the processes are the parallelism
+        ids = tokenizer.encode_batch([text for _, text in stories], num_threads=1, return_type="numpy")
+        return np.concatenate(ids, dtype="<u2", casting="unsafe")
+    except (RuntimeError, ValueError, MemoryError) as e:
+        if len(stories) > 1:  # find which
+            return np.concatenate([encode_stories(tokenizer, [story], source) for story in stories])
+        raise SystemExit(f"{source}, item {stories[0][0]}: {type(e).__name__}: {e}; "
+                         "remove or repair that story") from None
 
 
 # ---- TokenBatches ------------------------------------------------------------------------------------
@@ -767,30 +929,30 @@ class TokenBatches:
     last window is filled up with x = BOS and y = -1, which the loss ignores, and so are missing rows.
 
     Batch k of all goes to rank k % world_size: 1 rank with 2 micro-batches sees what 2 ranks with 1 see.
-    Raises SystemExit when the shards are missing, or are not of this vocabulary and tokenizer.
+    Raises SystemExit when the shards are missing or read_meta finds fault with them.
     """
 
     def __init__(self, token_dir: str, split: str, batch_size: int, max_seq_len: int, *, seed: int = 0,
-                 rank: int = 0, world_size: int = 1, vocab_size: int | None = None,
-                 tokenizer_sha256: str | None = None, max_batches: int | None = None):
+                 rank: int = 0, world_size: int = 1, max_batches: int | None = None):
         """`max_batches` ends the val split after so many batches of all ranks together."""
         assert split in ("train", "val") and 0 <= rank < world_size
         self.dir, self.split = token_dir, split
         self.batch_size, self.max_seq_len, self.max_batches = batch_size, max_seq_len, max_batches
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        meta = read_meta(token_dir, vocab_size, tokenizer_sha256)
+        meta = read_meta(token_dir)
         self.bos_id: int = meta["bos_id"]
         shards = meta["shards"][1:] if split == "train" else meta["shards"][:1]
-        self.ends = np.cumsum([shard["tokens"] for shard in shards])  # where each shard ends in the ring
-        self.num_tokens = int(self.ends[-1])
+        shards = [shard for shard in shards if shard["tokens"]]  # an empty file cannot be mapped
+        self.num_tokens: int = sum(shard["tokens"] for shard in shards)
         if self.num_tokens < 2:
             raise SystemExit(f"the {split} shards in {token_dir} hold no text; put more stories in: "
                              "python tinystories.py import --force FILE, then run pretokenize")
         self.bytes_per_token: float = sum(shard["bytes"] for shard in shards) / self.num_tokens
         sums = "".join(shard["sha256"] for shard in shards)
         self.fingerprint = int(hashlib.sha256(sums.encode()).hexdigest()[:15], 16)
-        self._paths = [os.path.join(token_dir, shard["name"]) for shard in shards]
-        self._maps: dict[int, np.ndarray] = {}
+        self._shards = [np.memmap(os.path.join(token_dir, shard["name"]), dtype="<u2", mode="r")
+                        for shard in shards]
+        self._ends = np.cumsum([len(tokens) for tokens in self._shards])  # where each ends in the ring
         self._epoch = (-1, 0, np.empty(0, np.int64))  # number, offset, order of windows
         self._start = 0  # windows consumed when this state was made or loaded
         self._batch = 0  # batches this rank took since
@@ -803,61 +965,41 @@ class TokenBatches:
     def __next__(self):
         import torch  # 2.8 s, which only training should pay
 
+        B, T = self.batch_size, self.max_seq_len
         k = self._batch * self.world_size + self.rank
-        first = self._start + k * self.batch_size
-        if self.split == "val":
-            windows = -(-(self.num_tokens - 1) // self.max_seq_len)
-            if first >= windows or self.max_batches is not None and k >= self.max_batches:
-                raise StopIteration
-            rows = self._val_rows(first)
-        else:
-            rows = self._train_rows(first)
+        first = self._start + k * B  # window
+        if self.split == "val" and (first * T >= self.num_tokens - 1
+                                    or self.max_batches is not None and k >= self.max_batches):
+            raise StopIteration
         self._batch += 1
-        x, y = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
-        if self.split == "val":
-            x[x < 0] = self.bos_id
+        rows = np.full((B, T + 1), -1, np.int64)
+        for row, window in zip(rows, range(first, first + B), strict=True):
+            if self.split == "train":
+                self._read(self._train_offset(window), row)
+            elif window * T < self.num_tokens - 1:
+                self._read(window * T, row[:self.num_tokens - window * T])
+        x, y = rows[:, :-1].copy(), rows[:, 1:].copy()
+        x[x < 0] = self.bos_id
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def _train_rows(self, first: int) -> np.ndarray:
-        """(B, T + 1) tokens of the windows first, first + 1, … of the endless sequence."""
-        T = self.max_seq_len
-        per_epoch = -(-self.num_tokens // T)
-        rows = np.empty((self.batch_size, T + 1), np.int64)
-        for row, window in enumerate(range(first, first + self.batch_size)):
-            epoch, i = divmod(window, per_epoch)
-            if epoch != self._epoch[0]:
-                rng = np.random.default_rng([self.seed, epoch])
-                self._epoch = (epoch, int(rng.integers(T)), rng.permutation(per_epoch))
-            self._read((self._epoch[1] + int(self._epoch[2][i]) * T) % self.num_tokens, rows[row])
-        return rows
-
-    def _val_rows(self, first: int) -> np.ndarray:
-        """(B, T + 1) tokens of the windows from `first` on, -1 after the end of the shard."""
-        T = self.max_seq_len
-        rows = np.full((self.batch_size, T + 1), -1, np.int64)
-        for row in range(self.batch_size):
-            start = (first + row) * T
-            if start < self.num_tokens - 1:
-                self._read(start, rows[row, :min(T + 1, self.num_tokens - start)])
-        return rows
+    def _train_offset(self, window: int) -> int:
+        """Where in the ring a window of the endless sequence starts."""
+        per_epoch = -(-self.num_tokens // self.max_seq_len)
+        epoch, i = divmod(window, per_epoch)
+        if epoch != self._epoch[0]:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch = (epoch, int(rng.integers(self.max_seq_len)), rng.permutation(per_epoch))
+        return (self._epoch[1] + int(self._epoch[2][i]) * self.max_seq_len) % self.num_tokens
 
     def _read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the ring's tokens from `start` on, as many times around as it takes."""
         done = 0
         while done < len(out):
-            shard = bisect_right(self.ends, start)
-            tokens = self._shard(shard)
-            at = start - (int(self.ends[shard]) - len(tokens))
-            part = tokens[at:at + len(out) - done]
+            shard = bisect_right(self._ends, start)
+            part = self._shards[shard][start - int(self._ends[shard]):][:len(out) - done]  # from its end
             out[done:done + len(part)] = part
             done += len(part)
             start = (start + len(part)) % self.num_tokens
-
-    def _shard(self, i: int) -> np.ndarray:
-        if i not in self._maps:
-            empty = self.ends[i] == (self.ends[i - 1] if i else 0)  # which cannot be mapped
-            self._maps[i] = np.empty(0, "<u2") if empty else np.memmap(self._paths[i], dtype="<u2", mode="r")
-        return self._maps[i]
 
     def state_dict(self) -> dict[str, int]:
         """Where the data stands: the same on all ranks once each has taken as many batches."""
@@ -876,8 +1018,8 @@ class TokenBatches:
         self._epoch = (-1, 0, self._epoch[2])
 
 
-def read_meta(folder: str, vocab_size: int | None = None, tokenizer_sha256: str | None = None) -> dict:
-    """The meta.json of a token folder, checked against the files and what is expected of them."""
+def read_meta(folder: str, vocab_size: int | None = None) -> dict:
+    """The meta.json of a token folder, checked against the files, the tokenizer and `vocab_size`."""
     data_dir, name = os.path.split(os.path.normpath(folder))
     size = name.removeprefix("tok")
     again = "run: " + command("pretokenize", data_dir or ".", int(size) if size.isdigit() else 0)
@@ -885,7 +1027,8 @@ def read_meta(folder: str, vocab_size: int | None = None, tokenizer_sha256: str 
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
         shards = meta["shards"]
-        sizes = [file_size(os.path.join(folder, shard["name"])) == 2 * shard["tokens"] for shard in shards]
+        wrong = [shard["name"] for shard in shards
+                 if file_size(os.path.join(folder, shard["name"])) != 2 * shard["tokens"]]
         found, sha256, version = meta["vocab_size"], meta["tokenizer_sha256"], meta["format"]
     except FileNotFoundError:
         cut = os.path.exists(os.path.join(folder, "meta.json.partial"))
@@ -895,14 +1038,14 @@ def read_meta(folder: str, vocab_size: int | None = None, tokenizer_sha256: str 
         raise SystemExit(f"{folder}/meta.json is damaged; {again} --force") from None
     if version != META_FORMAT:
         raise SystemExit(f"{folder} has format {version}, not {META_FORMAT}; {again} --force")
-    if vocab_size is not None and found != vocab_size:
+    if vocab_size not in (None, found):
         raise SystemExit(f"{folder} holds tokens of a vocabulary of {found}, not {vocab_size}; "
                          f"give --vocab_size={found}, or {again}")
-    if tokenizer_sha256 is not None and sha256 != tokenizer_sha256:
-        raise SystemExit(f"{folder} was made with another tokenizer than {folder}.model is now; {again}")
-    if not all(sizes):
-        name = shards[sizes.index(False)]["name"]
-        raise SystemExit(f"{folder}/{name} is missing or not of its size; {again}")
+    model = os.path.normpath(folder) + ".model"
+    if os.path.exists(model) and Tokenizer(model).sha256 != sha256:
+        raise SystemExit(f"{folder} was made with another tokenizer than {model} is now; {again}")
+    if wrong:
+        raise SystemExit(f"{folder}/{wrong[0]} is missing or not of its size; {again}")
     if len(shards) < 2:
         raise SystemExit(f"{folder} needs a shard for validation and one for training; {again} --force")
     return meta
@@ -924,58 +1067,49 @@ def shard_count(value: str) -> int:
 
 def make_cli() -> CommandLine:
     cli = CommandLine(prog="tinystories.py", description=__doc__)
-    stages = cli.add_subparsers(dest="stage", required=True, metavar="STAGE",
-                                help=f"{', '.join(STAGES)}; STAGE --help tells more")
+    stages = cli.add_subparsers(dest="stage", required=True, metavar="STAGE", help="STAGE --help tells more")
 
-    def stage(name: str, run: Callable, summary: str) -> CommandLine:
+    def stage(name: str, run: Callable, summary: str, force: str = "") -> CommandLine:
         parser = stages.add_parser(name, help=summary, description=summary + ".",
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         parser.add_argument("--data_dir", default="data", help="folder for everything this script writes")
+        if force:
+            parser.add_argument("--force", action="store_true", help=force)
         parser.set_defaults(run=run, parser=parser)
         return parser
 
-    def force(parser: CommandLine, what: str) -> None:
-        parser.add_argument("--force", action="store_true", help=what)
-
-    p = stage("download", download, "Download TinyStories (1.5 GB) and the Llama 2 tokenizer")
+    replace = "replace the stories that are there"
+    p = stage("download", download, "Download TinyStories (1.5 GB) and the Llama 2 tokenizer", replace)
     p.add_argument("--small", action="store_true", help="only TinyStories-valid.txt (20 MB), as shards")
-    p.add_argument("--url", help="a mirror of the archive (--small: of the .txt); ending in / it is a folder")
+    p.add_argument("--url", help="a mirror of the archive (--small: of the .txt)")
     p.add_argument("--tokenizer_url", default=TOKENIZER_URL, help="a mirror of the Llama 2 tokenizer.model")
-    force(p, "replace the stories that are there")
 
-    p = stage("import", import_files, "Make shards of your own text: .txt, .json, .jsonl")
+    p = stage("import", import_files, "Make shards of your own text: .txt, .json, .jsonl", replace)
     p.add_argument("paths", nargs="+", metavar="FILE", help="text, a JSON list, or a JSON object per line")
     p.add_argument("--separator", default="endoftext", help="what stands between the stories of a text file: "
                    "endoftext (<|endoftext|>), blank (blank lines), or any other text, \\n being a new line")
     p.add_argument("--field", help="where a JSON object has its text (default: story, else text)")
     p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="decides which stories are for validation")
-    force(p, "replace the stories that are there")
 
-    p = stage("synth", synth, "Make up simple stories from a built-in grammar; needs no network")
+    p = stage("synth", synth, "Make up simple stories from a built-in grammar; needs no network", replace)
     p.add_argument("--num_stories", type=positive, default=20000, help="how many")
     p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="another seed, other stories")
-    force(p, "replace the stories that are there")
 
     p = stage("train_vocab", train_vocab, "Train a vocabulary on the training shards")
     p.add_argument("--vocab_size", type=int, required=True, help=f"pieces, at most {MAX_VOCAB}")
     p.add_argument("--num_shards", type=positive, default=10, help="how many training shards to read")
 
-    p = stage("pretokenize", pretokenize, "Turn the stories into tokens")
+    p = stage("pretokenize", pretokenize, "Turn the stories into tokens", "also those up to date")
     p.add_argument("--vocab_size", type=int, default=0, help="a vocabulary from train_vocab; 0: Llama 2's")
-    p.add_argument("--num_workers", type=positive, default=len(os.sched_getaffinity(0))
-                   if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, help="processes")
-    force(p, "also the shards that are up to date")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    p.add_argument("--num_workers", type=positive, default=cores, help="processes")
     return cli
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    cli = make_cli()
-    if argv and argv[0].startswith("--"):  # as in llama2.c, options may come first
-        argv.sort(key=lambda arg: arg not in STAGES)
-    args = vars(cli.parse_args(argv))
+    args = vars(make_cli().parse_args(argv))
     run = args.pop("run")
     del args["stage"], args["parser"]
     try:

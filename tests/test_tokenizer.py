@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,7 +25,6 @@ WORDS = ["Once upon a time, there was a little girl named Lily.",
          "  two  spaces\tand a tab ", "café über naïve 😀 日本語", "one\n two \n\n\nthree",
          "the the the they them then", "runs    of     spaces  "]
 LINES = "\n".join(WORDS * 3).split("\n")
-TEXT = st.text(st.one_of(st.sampled_from(" \n\t\r\0▁aehlotT.,\"19é😀\u2028"), st.characters()), max_size=60)
 
 
 def train(path, sentences=LINES, vocab_size=320, **options):
@@ -52,10 +50,6 @@ def real(name):
     return str(path)
 
 
-def packed(ids):
-    return struct.pack(f"<{len(ids)}H", *ids)
-
-
 def test_attributes(model):
     t = tk.Tokenizer(model)
     assert (t.vocab_size, t.bos_id, t.eos_id, t.pad_id, t.model_path) == (320, 1, 2, -1, model)
@@ -72,6 +66,9 @@ def test_encode_is_sentencepiece(model):
     for threads in (1, 2):
         batch = t.encode_batch(WORDS, True, True, num_threads=threads)
         assert batch == [t.encode(text, eos=True) for text in WORDS]
+    arrays = t.encode_batch([*WORDS, ""], num_threads=1, return_type="numpy")
+    assert all(ids.dtype == np.int32 for ids in arrays)
+    assert [ids.tolist() for ids in arrays] == [t.encode(text) for text in [*WORDS, ""]]
     assert t.encode_batch([], num_threads=1) == []
 
 
@@ -91,53 +88,12 @@ def test_surrogates(model):
     assert t.encode("a\ud83d b") == t.encode("a\ufffd b")
     assert t.encode("\ud83d\ude00") == t.encode("😀")
     assert t.encode_batch(["a\udc00", "b"], num_threads=1) == [t.encode("a\ufffd"), t.encode("b")]
-    assert t.pack("a\ud83d b") == packed(t.encode("a\ufffd b"))
-
-
-@settings(max_examples=300, deadline=None)
-@given(TEXT)
-def test_pack_is_encode(text):
-    assert FUZZED.pack(text) == packed(FUZZED.encode(text))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fuzzed(model):
-    global FUZZED
-    FUZZED = tk.Tokenizer(model)
-
-
-@pytest.mark.parametrize("options", [
-    {"split_by_whitespace": False}, {"byte_fallback": False, "vocab_size": 90}, {"add_dummy_prefix": False},
-    {"normalization_rule_name": "nmt_nfkc"}, {"treat_whitespace_as_suffix": True},
-    {"remove_extra_whitespaces": True}, {"user_defined_symbols": ["he l", "\n\n", "e\nt"]},
-    {"model_type": "unigram", "vocab_size": 310}], ids=str)
-def test_pack_with_other_kinds_of_models(tmp_path, options):
-    t = tk.Tokenizer(train(tmp_path / "x.model", **options))
-    more = ["the they\nthe\nthen", "ﬁ ½ x", " a", "\na", "a \nb", "ѫ ѫ\nѫ", "x▁ y ▁▁z", "he l\n\ne\nt"]
-    for text in WORDS + more:
-        for _ in range(2):  # from sentencepiece, then from the cache
-            assert t.pack(text) == packed(t.encode(text)), text
-
-
-def test_pack_cache_is_bounded(model, monkeypatch):
-    monkeypatch.setattr(tk._WordCache, "MOST", 5)
-    t = tk.Tokenizer(model)
-    for i in range(50):
-        assert t.pack(f"a{i} b{i} {'c' * 70}") == packed(t.encode(f"a{i} b{i} {'c' * 70}"))
-        assert len(t._words) <= 5 and all(len(word) <= 64 for word in t._words)
 
 
 @pytest.mark.parametrize("model_name, bin_name", REAL)
 def test_export_real(model_name, bin_name, tmp_path):
     path = tk.Tokenizer(real(model_name)).export(str(tmp_path / "x.bin"))
     assert Path(path).read_bytes() == Path(real(bin_name)).read_bytes()
-
-
-@pytest.mark.parametrize("model_name", [pair[0] for pair in REAL])
-def test_pack_real(model_name):
-    t = tk.Tokenizer(real(model_name))
-    for text in [*WORDS, "".join(WORDS), "\n".join(WORDS)]:
-        assert t.pack(text) == packed(t.encode(text))
 
 
 def test_export_by_hand(model, tmp_path):
@@ -185,13 +141,6 @@ def test_user_mistakes(model, tmp_path):
         done = run(*args, cwd=tmp_path)
         assert done.returncode == 1 and done.stdout == "", args
         assert message in done.stderr and done.stderr.count("\n") == 1, (args, done.stderr)
-
-
-def test_big_vocabularies_are_not_packed(model):
-    t = tk.Tokenizer(model)
-    t.vocab_size = 65537
-    with pytest.raises(SystemExit, match="65536"):
-        t.pack("a")
 
 
 def test_atomic_write(tmp_path):

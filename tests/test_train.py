@@ -255,7 +255,7 @@ def test_a_run_learns_and_leaves_everything(fit, tmp_path, data_dir):
     assert [line["iter"] for line in evaluations] == [0, 10, 20, 30]
     assert [line["iter"] for line in lines if "loss/train" in line] == list(range(1, 31))
     assert abs(evaluations[0]["loss/val"] - math.log(VOCAB)) < 0.2
-    assert evaluations[-1]["loss/val"] < evaluations[0]["loss/val"] - 1.5
+    assert evaluations[-1]["loss/val"] < evaluations[0]["loss/val"] - 1.2
     # sample stories
     assert len(re.findall(r"^step \d+: .*val loss", out, re.M)) == 4 and out.count("\n  > ") == 4
     last = load_checkpoint(folder / "last.pt")
