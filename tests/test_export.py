@@ -209,6 +209,7 @@ def run_c(tmp_path_factory):
 @pytest.mark.parametrize("version, shape", [(0, {}), (0, {"tie_embeddings": False}), (1, SHAPES[3])])
 def test_run_c_computes_the_logits_of_pytorch(version, shape, run_c, data_dir, tmp_path):
     from conftest import VOCAB
+
     from tokenizer import Tokenizer
 
     net, path = make(vocab_size=VOCAB, max_seq_len=64, **shape).eval(), tmp_path / "model.bin"

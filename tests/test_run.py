@@ -249,7 +249,7 @@ def reference_logits(s, w, ids, group=0):
                 kv = i // (s.n_heads // s.n_kv_heads)
                 score = np.array([q[i] @ k[kv] for k in keys]) / np.sqrt(size)
                 p = np.exp(score - score.max())
-                heads.append(sum(a * v[kv] for a, v in zip(p / p.sum(), values)))
+                heads.append(sum(a * v[kv] for a, v in zip(p / p.sum(), values, strict=True)))
             x = x + linear(np.concatenate(heads), w["wo"][layer])
             h = norm(x, w["rms_ffn"][layer])
             gate = linear(h, w["w1"][layer])
@@ -265,7 +265,7 @@ def tokenizer_bytes(pieces, scores=None, longest=None):
     scores = scores or [0.0] * len(pieces)
     longest = max(map(len, pieces)) if longest is None else longest
     out = [struct.pack("<i", longest)]
-    for piece, score in zip(pieces, scores):
+    for piece, score in zip(pieces, scores, strict=True):
         out += [struct.pack("<fI", score, len(piece)), piece]
     return b"".join(out)
 
