@@ -22,6 +22,8 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -47,8 +49,10 @@ from model import (
 from tinystories import TokenBatches, command, read_meta, token_dir
 from tokenizer import CommandLine, atomic_write
 
-# Tokens that the CPU works on at a time: activations of this many stay in its caches
-CPU_CHUNK_TOKENS = 4096
+# Tokens that a CPU core works on at a time: activations of this many stay in its caches
+CPU_CHUNK_TOKENS = 1024
+# Above so many parameters the gradients of several parts at once would take too much memory
+THREADED_PARAMETERS = 50_000_000
 # Peak dense bf16 FLOP/s by a part of the device's name, for MFU
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12, "L4": 121e12}
 
@@ -220,6 +224,8 @@ class Runtime:
     compile: bool
     rank: int = 0
     world_size: int = 1
+    pool: ThreadPoolExecutor | None = None  # on the CPU: one thread per core, each to compute alone
+    threads: int = 1
 
     @property
     def kind(self) -> str:
@@ -227,6 +233,27 @@ class Runtime:
 
     def autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.kind, self.dtype)
+
+    def start_threads(self, model: Transformer) -> None:
+        """Let map use all cores, one part of a batch on each.
+
+        Cores that share every single operation wait for each other hundreds of times a second, which is
+        slow for small models, and slower by far when another program holds one of the cores. Not with
+        dropout: it draws from one generator, in an order that would not be certain.
+        """
+        small = model.num_parameters() <= THREADED_PARAMETERS and not model.args.dropout
+        if self.kind == "cpu" and self.world_size == 1 and small and not self.compile:
+            self.threads = torch.get_num_threads()
+        if self.threads > 1:
+            self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def map(self, function: Callable, items: list) -> Iterator:
+        """function(item) of each item, in order, on as many threads as start_threads allowed."""
+        if not self.pool:
+            yield from map(function, items)
+            return
+        for i in range(0, len(items), self.threads):  # not all at once: results are as large as the model
+            yield from self.pool.map(function, items[i : i + self.threads])
 
     def total(self, *values: float | torch.Tensor) -> list[float]:
         """The sums over all ranks."""
@@ -368,19 +395,23 @@ def get_lr(cfg: TrainConfig, iter_num: int) -> float:
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[str, float]:
     """Loss (nats per token), perplexity and bits per byte over a validation set, shared by all ranks."""
+
+    def score(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, int]:
+        xs, ys = part
+        valid = int((ys != -1).sum())
+        if not valid:
+            return 0.0, 0
+        with torch.no_grad(), runtime.autocast():  # in here: both belong to the thread
+            _, loss = model(xs.to(runtime.device), ys.to(runtime.device))
+        return loss.item() * valid, valid
+
     model.eval()
     nats, count = 0.0, 0
     for x, y in batches:
-        size = chunk_rows(x, runtime)
-        for xs, ys in zip(x.split(size), y.split(size), strict=True):
-            valid = int((ys != -1).sum())
-            if valid:
-                with runtime.autocast():
-                    _, loss = model(xs.to(runtime.device), ys.to(runtime.device))
-                nats, count = nats + loss.item() * valid, count + valid
+        for part_nats, part_count in runtime.map(score, split_batch(x, y, runtime)):
+            nats, count = nats + part_nats, count + part_count
     model.train()
     nats, count = runtime.total(nats, count)
     loss = nats / count
@@ -388,9 +419,30 @@ def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[
     return {"loss/val": loss, "perplexity/val": math.exp(min(loss, 700)), "bits_per_byte/val": bits}
 
 
-def chunk_rows(x: torch.Tensor, runtime: Runtime) -> int:
-    """How many rows of x (B, T) to feed at a time."""
-    return max(1, CPU_CHUNK_TOKENS // x.shape[1]) if runtime.kind == "cpu" else x.shape[0]
+def split_batch(
+    x: torch.Tensor, y: torch.Tensor, runtime: Runtime
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(x, y), both (B, T), in parts of as many rows as the device should work on at a time."""
+    rows = max(1, CPU_CHUNK_TOKENS // x.shape[1]) if runtime.kind == "cpu" else len(x)
+    return list(zip(x.split(rows), y.split(rows), strict=True))
+
+
+def add_gradients(model: nn.Module, parts: list, weight: float, runtime: Runtime) -> torch.Tensor:
+    """Add weight times each row's gradient to p.grad, part after part; returns the loss likewise."""
+    params = list(model.parameters())
+
+    def gradients(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        with runtime.autocast():
+            _, loss = model(*part)
+        loss = loss * (len(part[0]) * weight)
+        return loss.detach(), torch.autograd.grad(loss, params)
+
+    total = torch.zeros(())
+    for loss, grads in runtime.map(gradients, parts):
+        total += loss
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+    return total
 
 
 def train_step(
@@ -407,14 +459,16 @@ def train_step(
         # dropout of micro-batch k depends on k alone: resuming or sharing it out differently changes nothing
         k = iter_num * cfg.gradient_accumulation_steps + micro * runtime.world_size + runtime.rank
         torch.manual_seed(cfg.seed + 1_000_003 * (k + 1))
-        size = chunk_rows(x, runtime)
-        chunks = list(zip(x.split(size), y.split(size), strict=True))
-        for i, (xs, ys) in enumerate(chunks):
-            last = micro == steps - 1 and i == len(chunks) - 1
+        parts, weight = split_batch(x, y, runtime), 1 / (len(x) * steps)
+        if runtime.kind == "cpu" and runtime.world_size == 1:
+            total += add_gradients(model, parts, weight, runtime)
+            continue
+        for i, (xs, ys) in enumerate(parts):
+            last = micro == steps - 1 and i == len(parts) - 1
             with nullcontext() if last or runtime.world_size == 1 else model.no_sync():
                 with runtime.autocast():
                     _, loss = model(xs.to(runtime.device), ys.to(runtime.device))
-                loss = loss * (len(xs) / len(x) / steps)
+                loss = loss * (len(xs) * weight)
                 scaler.scale(loss).backward()
             total += loss.detach()
     scaler.unscale_(optimizer)
@@ -467,6 +521,7 @@ class Pretraining:
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
         if cfg.init_from == "resume":
             self.resume(checkpoint)
+        runtime.start_threads(self.raw_model)
         self.model = torch.compile(self.raw_model) if runtime.compile else self.raw_model
         self.train_model = self.model
         if runtime.world_size > 1:
