@@ -26,8 +26,9 @@ $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
 demo demo/%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, in demo/ (5 minutes)
 	python train.py --data_dir=demo --out_dir=demo/out --init_from=auto --vocab_source=custom --vocab_size=512 \
-	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=32 \
-	  --gradient_accumulation_steps=1 --learning_rate=4e-3 --warmup_iters=30 --max_iters=400 --eval_interval=100
+	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=8 \
+	  --gradient_accumulation_steps=1 --learning_rate=8e-3 --beta2=0.99 --weight_decay=0.01 --warmup_iters=100 \
+	  --max_iters=1600 --eval_interval=400 --eval_iters=20
 	python tokenizer.py --tokenizer-model=demo/tok512.model
 	./run demo/out/model.bin -z demo/tok512.bin -s 1
 	./run demo/out/model.bin -z demo/tok512.bin -s 2 -i "One day, a little cat"

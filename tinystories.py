@@ -459,10 +459,9 @@ def synth(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bo
 # the cast: (name, pronoun, kind)
 
 PRONOUNS = {"he": ("he", "him", "his"), "she": ("she", "her", "her")}
-CHILDREN = [(name, "she", "girl") for name in ("Lily", "Mia", "Anna", "Sue", "Amy", "Lucy")]
-CHILDREN += [(name, "he", "boy") for name in ("Tim", "Ben", "Tom", "Max", "Sam", "Jack")]
-ANIMALS = [("Bobo", "he", "bear"), ("Coco", "she", "bear"), ("Hop", "he", "bunny"), ("Dot", "she", "bunny"),
-           ("Rusty", "he", "fox"), ("Ruby", "she", "fox"), ("Pip", "he", "panda"), ("Poppy", "she", "panda")]
+CHILDREN = [(name, "she", "girl") for name in ("Lily", "Anna", "Sue", "Amy")]
+CHILDREN += [(name, "he", "boy") for name in ("Tim", "Ben", "Max", "Jack")]
+ANIMALS = [("Bobo", "he", "bear"), ("Dot", "she", "bunny"), ("Rusty", "he", "fox"), ("Poppy", "she", "panda")]
 ADULTS = [("mum", "she"), ("mum", "she"), ("dad", "he"), ("dad", "he"), ("grandma", "she"), ("grandpa", "he")]
 COLORS = ["red", "blue", "green", "yellow", "pink", "orange", "new", "old"]
 
