@@ -179,7 +179,7 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
     try:
         if hidden_dim < 1 or version == 2 and (group_size < 1 or dim % group_size or hidden_dim % group_size):
             raise ValueError(f"hidden_dim={hidden_dim}, group size={group_size}")
-        if n_layers > size or max_seq_len > 2**24:  # before anything is made of that length
+        if n_layers > size // 28 or max_seq_len > 2**24:  # before anything is made of that length
             raise ValueError(f"n_layers={n_layers}, max_seq_len={max_seq_len}")
         args = ModelArgs(
             dim,
@@ -250,16 +250,15 @@ def main() -> None:
         cli.error(f"--group_size={args.group_size} must be at least 1")
     checkpoint = read_any(args.checkpoint)
     model = model_from_checkpoint(checkpoint, args.checkpoint)
-    if args.output.endswith(".pt"):
-        save_checkpoint(
-            args.output, checkpoint | {"model": model.state_dict(), "model_args": asdict(model.args)}
-        )
-        print(f"wrote {args.output}: {model.num_parameters():,} parameters")
-        return
     try:
+        if args.output.endswith(".pt"):
+            whole = {"model": model.state_dict(), "model_args": asdict(model.args)}
+            save_checkpoint(args.output, checkpoint | whole)
+            print(f"wrote {args.output}: {model.num_parameters():,} parameters")
+            return
         error = write_bin(args.output, model.args, model.state_dict(), args.version, args.group_size)
-    except OSError as e:
-        raise SystemExit(f"cannot write {args.output}: {e.strerror}") from None
+    except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
+        raise SystemExit(f"cannot write {args.output}: {e}") from None
     note = ""
     if args.version == 2:
         used = fit_group_size(model.args, args.group_size)

@@ -63,6 +63,10 @@ class ModelArgs:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if not (self.rope_theta > 0 and self.norm_eps > 0):
+            raise ValueError(f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must be positive")
+        if self.hidden_dim is not None and self.hidden_dim < 1:
+            raise ValueError(f"hidden_dim={self.hidden_dim} must be at least 1")
         if self.hidden_dim is None:
             self.hidden_dim = -(-(8 * self.dim // 3) // self.multiple_of) * self.multiple_of
 
@@ -180,14 +184,15 @@ class KVCache:
         shape = (args.n_layers, len(start), args.n_kv_heads, slots, args.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # (layer, B, K, S, D)
         self.weights: dict[tuple[nn.Linear, ...], torch.Tensor] = {}
-        self.used = 0
+        self.used, self.limit = 0, args.max_seq_len
         self.ragged = any(start)
         self.start = torch.tensor(start, device=like.device)
 
     def positions(self, T: int) -> torch.Tensor:
         """Positions of the next T slots, (B, T) or for rows all alike (1, T); padding counts as 0."""
         slots = torch.arange(self.used, self.used + T, device=self.start.device)[None]
-        return (slots - self.start[:, None]).clamp(min=0) if self.ragged else slots
+        # a row that has ended may stay for a while, and its position then passes the context's end
+        return (slots - self.start[:, None]).clamp(0, self.limit - 1) if self.ragged else slots
 
     def mask(self, T: int) -> torch.Tensor | None:
         """What the next T slots may see, (B, 1, T, used + T) bool; None if that is all before them."""
@@ -311,9 +316,11 @@ class Transformer(nn.Module):
     def features(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Hidden states after the last norm, (B, T, dim); with a cache, tokens (B, T) follow what is cached.
 
-        T, with what is cached, must not exceed max_seq_len.
+        Raises ValueError for more than max_seq_len tokens.
         """
         T = tokens.shape[1]
+        if T > self.args.max_seq_len:
+            raise ValueError(f"{T} tokens; the model takes {self.args.max_seq_len}")
         x = self.dropout(self.tok_embeddings(tokens))
         if cache is None:
             cos, sin, mask = self.rope_cos[:T, None], self.rope_sin[:T, None], None
@@ -368,7 +375,7 @@ def sample(logits: torch.Tensor, u: torch.Tensor, temperature=1.0, top_k=0, top_
     total = cdf[:, -1:]
     # u * total may round up to total itself, which would pick an id past the last one of any probability
     point = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    choice = torch.searchsorted(cdf, point, right=True)
+    choice = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)  # NaN finds no place
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
 
 
@@ -453,12 +460,28 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         raise SystemExit(
             f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}"
         )
+    with open(path, "rb") as f:
+        if f.read(1) not in (b"P", b"\x80", b""):  # neither a zip archive nor a pickle
+            raise SystemExit(
+                f"{path} is no checkpoint; if it is a model for run.c, convert it: "
+                f"python export.py ckpt.pt --checkpoint={path}"
+            )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as e:
+    except (
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+    ) as e:  # whatever a damaged archive leads the unpickler into
         why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise SystemExit(f"{path} is no checkpoint that can be read safely: {why}") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+    parts = (checkpoint.get(k) for k in ("model", "model_args")) if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise SystemExit(f"{path} holds no model and model_args; is it a checkpoint of train.py?")
     return checkpoint
 
@@ -512,14 +535,14 @@ def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = N
     from tokenizer import Tokenizer, tokenizer_path
 
     config, size = checkpoint.get("config", {}), checkpoint["model_args"]["vocab_size"]
-    source = 0 if config.get("vocab_source", "llama2") == "llama2" else size
+    source = 0 if config.get("vocab_source", "llama2" if size == 32000 else "custom") == "llama2" else size
     usual = tokenizer_path(config.get("data_dir", "data"), source)
     beside = os.path.join(os.path.dirname(checkpoint_path), os.path.basename(usual))
     tokenizer = Tokenizer(named or (usual if os.path.exists(usual) or not os.path.exists(beside) else beside))
     if tokenizer.vocab_size != size:
         print(
             f"warning: {tokenizer.model_path} has {tokenizer.vocab_size} pieces and the model {size}: "
-            f"the text will be noise; try --tokenizer={usual}",
+            f"the text will be noise; it was trained with one like {usual}",
             file=sys.stderr,
         )
     elif config.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
@@ -544,47 +567,51 @@ class TextStream:
         self.shown = len(text)
 
 
-def main() -> None:
+def parse_cli() -> argparse.Namespace:
     from tokenizer import CommandLine
 
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it does any other
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="out/ckpt.pt", help="default: %(default)s")
-    parser.add_argument(
-        "--start", default="", help="beginning of the text, or FILE:path to read it from a file"
-    )
-    parser.add_argument("--num_samples", type=int, default=1, help="how many texts, default 1")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=0, help="default: up to the model's max_seq_len"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0 takes the likeliest token, default 1.0"
-    )
-    parser.add_argument(
-        "--top_k", type=int, default=0, help="sample from the k likeliest tokens only, default off"
-    )
-    parser.add_argument(
+    cli = CommandLine(description=__doc__)
+    add = cli.add_argument
+    add("--checkpoint", default="out/ckpt.pt", help="default: %(default)s")
+    add("--start", default="", help="beginning of the text, or FILE:path to read it from a file")
+    add("--num_samples", type=int, default=1, help="how many texts, default 1")
+    add("--max_new_tokens", type=int, default=0, help="default: up to the model's max_seq_len")
+    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token, default 1.0")
+    add("--top_k", type=int, default=0, help="sample from the k likeliest tokens only, default off")
+    add(
         "--top_p",
         type=float,
         default=1.0,
-        help="sample from the likeliest tokens that hold this much probability, default off",
+        help="sample from the likeliest with this much probability, default off",
     )
-    parser.add_argument(
-        "--tokenizer", help="tokenizer .model; default: the one the checkpoint was trained with"
-    )
-    parser.add_argument("--seed", type=int, default=1337, help="same seed, same text; default 1337")
-    parser.add_argument("--device", default="auto", help="auto|cpu|cuda|cuda:N|mps, default auto")
-    args = parser.parse_args()
+    add("--tokenizer", help="tokenizer .model; default: the one the checkpoint was trained with")
+    add("--seed", type=int, default=1337, help="same seed, same text; default 1337")
+    add("--device", default="auto", help="auto|cpu|cuda|cuda:N|mps, default auto")
+    args = cli.parse_args()
+    if not 0 <= args.temperature < math.inf:
+        cli.error(f"--temperature={args.temperature} must not be negative")
+    if args.num_samples < 1 or min(args.max_new_tokens, args.top_k, args.top_p, args.seed) < 0:
+        cli.error("--num_samples must be at least 1, the other numbers at least 0")
+    return args
+
+
+def read_start(start: str) -> str:
+    if not start.startswith("FILE:"):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f"--start={start}: {e}") from None
+
+
+def main() -> None:
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it does any other
+    args = parse_cli()
+    start = read_start(args.start)
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_from_checkpoint(checkpoint, args.checkpoint).to(pick_device(args.device)).eval()
     tokenizer = find_tokenizer(checkpoint, args.checkpoint, args.tokenizer)
-    start = args.start
-    if start.startswith("FILE:"):
-        try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise SystemExit(f"--start={start}: {e}") from None
     prompt = tokenizer.encode(start, bos=True)
     limit = model.args.max_seq_len
     if len(prompt) >= limit or max(prompt) >= model.args.vocab_size:

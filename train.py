@@ -3,7 +3,7 @@
     python train.py --vocab_source=custom --vocab_size=4096           # on whatever this machine has
     python train.py --out_dir=out --init_from=resume                  # go on where that run stopped
     python train.py --init_from=stories.pt --out_dir=tuned            # fine-tune these weights
-    torchrun --standalone --nproc_per_node=8 train.py …               # the same, shared by 8 processes
+    torchrun --standalone --nproc_per_node=4 train.py …               # the same, shared by 4 processes
 
 In out_dir: ckpt.pt (best validation loss so far) and its model.bin for run.c, last.pt (newest state, what
 resume takes), metrics.jsonl (a line per log step and evaluation).
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -115,6 +114,8 @@ class TrainConfig:
             "eval_iters",
             "max_iters",
             "warmup_iters",
+            "lr_decay_iters",
+            "min_lr",
             "learning_rate",
             "weight_decay",
             "grad_clip",
@@ -122,6 +123,8 @@ class TrainConfig:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.seed >= 2**62:
+            raise ValueError(f"seed={self.seed} must be below 2**62")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -144,7 +147,7 @@ parse_bool.__name__ = "boolean (True or False)"  # what argparse calls it in its
 
 def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict]:
     """The flags that were given, as (fields of ModelArgs, fields of TrainConfig)."""
-    cli = CommandLine(prog="train.py", description=__doc__, argument_default=dataclasses.MISSING)
+    cli = CommandLine(prog="train.py", description=__doc__)
     for config, title in ((ModelArgs, "model"), (TrainConfig, "training")):
         group = cli.add_argument_group(title)
         for f in dataclasses.fields(config):
@@ -153,9 +156,15 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict]:
             if kind is bool:
                 how = {"type": parse_bool, "metavar": "BOOL", "nargs": "?", "const": True}
             if choices := f.metadata.get("choices"):
-                how = {"choices": choices} | ({"nargs": "?", "const": "True"} if "True" in choices else {})
+                how = {"choices": choices}
+                if "True" in choices:
+                    how |= {
+                        "nargs": "?",
+                        "const": "True",
+                        "type": lambda v: v if v == "auto" else v.capitalize(),
+                    }
             text = f.metadata["help"]
-            if "default" not in text and f.default != "":
+            if "(default" not in text and f.default != "":
                 text += f" (default: {f.default})"
             group.add_argument("--" + f.name, help=text, default=dataclasses.MISSING, **how)
     given = {k: v for k, v in vars(cli.parse_args(argv)).items() if v is not dataclasses.MISSING}
@@ -170,6 +179,14 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict]:
 # Metrics
 
 
+def iteration_of(line: str) -> int:
+    """Of a line of metrics.jsonl; -1 for one that a killed run left incomplete."""
+    try:
+        return json.loads(line)["iter"] if line.endswith("\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
 class Metrics:
     """metrics.jsonl, and Weights & Biases and TensorBoard where asked for. Made by rank 0 only."""
 
@@ -182,8 +199,8 @@ class Metrics:
         self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
         kept = []
         if iter_num and os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["iter"] <= iter_num]
+            with open(self.path, encoding="utf-8", errors="replace") as f:
+                kept = [line for line in f if 0 <= iteration_of(line) <= iter_num]
         with atomic_write(self.path, "w") as f:
             f.writelines(kept)
         if cfg.wandb_log:
@@ -267,7 +284,8 @@ class Runtime:
 
 def set_up(cfg: TrainConfig) -> Runtime:
     """Pick device, precision and rank; joins the other processes when torchrun started this one."""
-    world_size, device = int(os.environ.get("WORLD_SIZE", 1)), cfg.device
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # set by torchrun
+    device = cfg.device
     if cfg.gradient_accumulation_steps % world_size:
         raise SystemExit(
             f"{world_size} processes cannot share --gradient_accumulation_steps="
@@ -281,7 +299,11 @@ def set_up(cfg: TrainConfig) -> Runtime:
         if kind == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    dtype = cfg.dtype
+    if dtype == "auto" and kind == "cuda":  # cards before Ampere know no bfloat16
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    elif dtype == "auto":
+        dtype = "float32"
     if dtype == "float16" and kind != "cuda":
         raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
     # without Triton (Windows, say) there is nothing to compile with
@@ -339,7 +361,7 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
         free = {"dropout"} if resume else {"dropout", "max_seq_len"}  # these change no weight's shape
         model = model_from_checkpoint(checkpoint, path, **{k: v for k, v in model_given.items() if k in free})
         for name, value in model_given.items():
-            if value != getattr(model.args, name):
+            if not agrees(name, value, model.args):
                 raise SystemExit(
                     f"--{name}={value} contradicts {path}, where it is {getattr(model.args, name)}; "
                     f"leave the flag out, or train anew with --init_from=scratch"
@@ -348,10 +370,23 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
             {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED if resume else {"vocab_source"}
         )
         taken = {k: v for k, v in checkpoint.get("config", {}).items() if k in names}
+        if model.args.vocab_size != 32000:  # not the Llama 2 tokenizer's, whatever the flag's default
+            taken.setdefault("vocab_source", "custom")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"from {path}, iteration {checkpoint.get('iter_num', 0)}")
         cfg = TrainConfig(**taken | given)
     except ValueError as e:
         raise SystemExit(f"{e}; see: python train.py --help") from None
     return cfg, model, checkpoint
+
+
+def agrees(name: str, value, args: ModelArgs) -> bool:
+    """Whether a flag says what a checkpoint's shape is, as far as the shape shows it."""
+    if name == "multiple_of":  # only leaves its trace in hidden_dim
+        implied = ModelArgs(**asdict(args) | {"hidden_dim": None, "multiple_of": value}).hidden_dim
+        return implied == args.hidden_dim or value == args.multiple_of
+    ours = getattr(args, name)
+    return math.isclose(value, ours, rel_tol=1e-6) if isinstance(value, float) else value == ours
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig, kind: str) -> torch.optim.AdamW:
@@ -373,7 +408,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> bool
         return False
     ours = optimizer.state_dict()
     for group, saved in zip(ours["param_groups"], state["param_groups"], strict=True):
-        assert group["params"] == saved["params"]
+        if group["params"] != saved["params"]:
+            raise SystemExit(
+                "the checkpoint's optimizer state is of another model; start from its weights "
+                "alone with --init_from=PATH and another --out_dir"
+            )
     optimizer.load_state_dict(ours | {"state": state["state"]})
     return True
 
@@ -415,6 +454,8 @@ def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[
     model.train()
     nats, count = runtime.total(nats, count)
     loss = nats / count
+    if not math.isfinite(loss):
+        raise SystemExit(f"the validation loss is {loss}: training has diverged; try a lower --learning_rate")
     bits = loss / math.log(2) / batches.bytes_per_token
     return {"loss/val": loss, "perplexity/val": math.exp(min(loss, 700)), "bits_per_byte/val": bits}
 
@@ -532,17 +573,18 @@ class Pretraining:
 
     def resume(self, checkpoint: dict) -> None:
         self.iter_num = checkpoint.get("iter_num", 0)
-        self.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
         if not load_optimizer(self.optimizer, checkpoint.get("optimizer")) and self.runtime.rank == 0:
             print("the checkpoint has no optimizer state: its moments start from zero", file=sys.stderr)
-        if "data" in checkpoint:  # one of ours
+        if "data" in checkpoint and not self.cfg.eval_only:  # one of ours: others' best loss is of other text
+            self.best_val_loss = checkpoint["best_val_loss"]
             self.batches.load_state_dict(checkpoint["data"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["scaler"]:
+                self.scaler.load_state_dict(checkpoint["scaler"])
             self.loss_sum, self.loss_count = checkpoint["train_loss"]
             self.evaluated = True
 
     def save(self, best: bool) -> None:
-        """Write last.pt; if best, the same as ckpt.pt, and model.bin. Rank 0 only."""
+        """Write last.pt; if best, or the first, also model.bin and the same as ckpt.pt. Rank 0 only."""
         folder = self.cfg.out_dir
         checkpoint = {
             "model": self.raw_model.state_dict(),
@@ -556,20 +598,24 @@ class Pretraining:
             "train_loss": (float(self.loss_sum), self.loss_count),
         }
         last, ckpt = os.path.join(folder, "last.pt"), os.path.join(folder, "ckpt.pt")
-        save_checkpoint(last, checkpoint)
-        if best:
-            with atomic_write(ckpt) as f, open(last, "rb") as source:
-                shutil.copyfileobj(source, f)
-            args = self.raw_model.args
-            version = 0 if (args.rope_theta, args.norm_eps) == DEFAULTS else 1
-            write_bin(os.path.join(folder, "model.bin"), args, self.raw_model.state_dict(), version)
+        args = self.raw_model.args
+        version = 0 if (args.rope_theta, args.norm_eps) == DEFAULTS else 1
+        try:
+            # last.pt last: it says that this evaluation is over and done with
+            if best or not os.path.exists(ckpt):
+                write_bin(os.path.join(folder, "model.bin"), args, self.raw_model.state_dict(), version)
+                save_checkpoint(ckpt, checkpoint)
+            save_checkpoint(last, checkpoint)
+        except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
+            raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
 
     def evaluate(self, metrics: Metrics | None) -> None:
         """Evaluate, and report; then save, so that a resumed run need not do it again."""
         scores = evaluate(self.model, self.val_batches, self.runtime)
         loss = scores["loss/val"]
         (train_loss,) = self.runtime.total(self.loss_sum / max(self.loss_count, 1) / self.runtime.world_size)
-        best = loss < self.best_val_loss
+        # a fine-tuned model may well do worse than its origin on other text: iteration 0 is no rival
+        best = self.iter_num > 0 and loss < self.best_val_loss
         if metrics:
             before = f"train loss {train_loss:.4f}, " if self.loss_count else ""
             show(
@@ -578,9 +624,10 @@ class Pretraining:
                 f"{scores['bits_per_byte/val']:.4f} bits per byte" + " (best so far)" * best
             )
             metrics.log(self.iter_num, scores)
-        self.best_val_loss = min(self.best_val_loss, loss)
+        if best:
+            self.best_val_loss = loss
         self.loss_sum, self.loss_count, self.evaluated = 0.0, 0, True
-        if metrics and self.iter_num and not self.cfg.eval_only:
+        if metrics and (self.iter_num or not self.cfg.max_iters) and not self.cfg.eval_only:
             self.save(best or self.cfg.always_save_checkpoint)
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -614,7 +661,7 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     name = torch.cuda.get_device_name(runtime.device) if runtime.kind == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0) * runtime.world_size
     bar = tqdm(total=cfg.max_iters, initial=run.iter_num, unit="it", disable=None if metrics else True)
-    stop, since, since_iter = False, time.perf_counter(), run.iter_num
+    since, since_iter, shown = time.perf_counter(), run.iter_num, time.perf_counter()
     while True:
         due = run.iter_num % cfg.eval_interval == 0 or run.iter_num >= cfg.max_iters or cfg.eval_only
         if due and (not run.evaluated or cfg.eval_only):
@@ -623,15 +670,16 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             if tokenizer:
                 tell_story(run, tokenizer)
             since += time.perf_counter() - began
-        if run.iter_num >= cfg.max_iters or stop or cfg.eval_only:
+        (asked,) = runtime.total(
+            interrupt.asked
+        )  # whoever was asked tells the others: the ranks stop together
+        if run.iter_num >= cfg.max_iters or asked or cfg.eval_only:
             break
         loss, norm = run.step()
         bar.update()
-        stop = interrupt.asked and runtime.world_size == 1
         if run.iter_num % cfg.log_interval == 0:
-            # the ranks stop together: whoever was asked tells the others here
-            mean, asked = runtime.total(loss / runtime.world_size, interrupt.asked)
-            stop, now = asked > 0, time.perf_counter()
+            (mean,) = runtime.total(loss / runtime.world_size)
+            now = time.perf_counter()
             speed = (run.iter_num - since_iter) * tokens_per_iter / (now - since)
             since, since_iter = now, run.iter_num
             values = {
@@ -640,6 +688,13 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
                 "grad_norm": norm.item(),
                 "tok/s": speed,
             }
+            if bar.disable and metrics and now - shown > 10:  # not on a terminal: a line now and then
+                shown, left = now, (cfg.max_iters - run.iter_num) * tokens_per_iter / speed
+                print(
+                    f"iteration {run.iter_num}/{cfg.max_iters}: loss {mean:.4f}, {speed:,.0f} tok/s, "
+                    f"{left / 60:.0f} min left",
+                    flush=True,
+                )
             if peak:
                 values["mfu"] = speed * run.raw_model.flops_per_token() / peak
             if metrics:
@@ -647,14 +702,12 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
                 mfu = {"MFU": f"{100 * values['mfu']:.1f}%"} if peak else {}
                 bar.set_postfix({"loss": f"{mean:.4f}", "tok/s": f"{speed:,.0f}"} | mfu)
     bar.close()
-    if stop and metrics:
+    if asked and run.iter_num < cfg.max_iters and metrics and not cfg.eval_only:
         run.save(best=False)
-        words = [word for word in sys.argv if not word.lstrip("-").startswith(("init_from", "init-from"))]
-        print(
-            f"stopped after iteration {run.iter_num}, saved; to go on: "
-            f"{shlex.join(['python', *words, '--init_from=resume'])}",
-            file=sys.stderr,
-        )
+        again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # the last one counts
+        if runtime.world_size > 1:
+            again = "the same torchrun command with --init_from=resume"
+        print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -441,9 +441,29 @@ def test_cli_samples_and_mistakes(tmp_path, data_dir):
     for wrong, message in (
         (["--checkpoint", "no.pt"], "train.py"),
         (["--temprature=1"], "--temperature"),
+        (["--temperature=nan"], "--temperature=nan"),
+        (["--checkpoint", __file__], "export.py"),
         (["--checkpoint", path, "--start", "word " * 99], "fewer than 48"),
         (["--checkpoint", path, "--start=FILE:/no"], "FILE:/no"),
         (["--checkpoint", path, "--tokenizer=/no.model"], "/no.model"),
     ):
         done = run_cli(*wrong)
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_rows_of_very_different_room_share_a_batch():
+    """A full row stays in the batch until enough others are; nothing may run over the context's end."""
+    net = make(tie_embeddings=False)
+    prompts = [[1, 5] * 20] * 9 + [[7] * 47] + [[9] * 3]
+    got = generate(net, prompts, 100, temperature=0, stop_ids=())
+    assert [len(row) for row in got] == [8] * 9 + [1, 45]
+    assert got[-1] == greedy_without_cache(net, prompts[-1], 45)
+
+
+def test_too_many_tokens_and_broken_weights():
+    net = make()
+    with pytest.raises(ValueError, match="49 tokens"):
+        net(tokens(1, 49))
+    with torch.no_grad():
+        net.norm.weight[0] = math.nan
+    assert all(0 <= token < 61 for token in generate(net, [[1]], 5)[0])

@@ -336,8 +336,28 @@ def test_two_ranks_equal_one(fit, tmp_path, data_dir):
         assert a == pytest.approx(b, rel=1e-5)
 
 
+def test_ctrl_c_stops_all_ranks_together(tmp_path, data_dir):
+    """Also when they rarely log, and torchrun passes on the signal to each of them at its own time."""
+    flags = [
+        *TINY,
+        f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path}",
+        "--max_iters=100000",
+        "--log_interval=20",
+    ]
+    process = cli(*flags, "--eval_interval=100000", nproc=2, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert "torchrun command with --init_from=resume" in out, out
+    assert state(tmp_path)["iter_num"] > 40
+
+
 def test_one_rank_more_than_there_is_work(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit, match="multiple of 3"):
         train.set_up(TrainConfig())
 
@@ -372,6 +392,107 @@ def test_existing_runs_are_safe(fit, tmp_path, data_dir):
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == log
     fit("out", "--init_from=auto", "--max_iters=5")
     assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 5
+
+
+def saved(folder: Path) -> dict:
+    return {name: load_checkpoint(folder / f"{name}.pt")["iter_num"] for name in ("ckpt", "last")}
+
+
+def test_ckpt_is_the_best_and_last_the_newest(fit, tmp_path, monkeypatch):
+    losses = iter([9.0, 5.0, 3.0, 4.0] * 2)
+    scores = {"perplexity/val": 1.0, "bits_per_byte/val": 1.0}
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"loss/val": next(losses)} | scores)
+    fit("best", "--max_iters=12")
+    assert saved(tmp_path / "best") == {"ckpt": 8, "last": 12}
+    assert load_checkpoint(tmp_path / "best" / "last.pt")["best_val_loss"] == 3.0
+    fit("all", "--max_iters=12", "--always_save_checkpoint", "--log_interval=5")
+    assert saved(tmp_path / "all") == {"ckpt": 12, "last": 12}
+    assert [m["iter"] for m in metrics(tmp_path / "all") if "loss/train" in m] == [5, 10]
+
+
+def test_killed_between_two_files_of_a_save(fit, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(path, checkpoint):
+        if str(path).endswith("last.pt") and checkpoint["iter_num"] == 8:
+            raise Killed
+        real(path, checkpoint)
+
+    fit("whole", "--max_iters=12")
+    real = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", kill)
+    with pytest.raises(Killed):
+        fit("cut", "--max_iters=12")
+    monkeypatch.setattr(train, "save_checkpoint", real)
+    fit("cut", "--init_from=resume", "--max_iters=12")
+    for name in ("ckpt.pt", "last.pt"):
+        whole, cut = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "cut"))
+        assert all(same(whole[key], cut[key]) for key in whole if key != "config")
+    assert (tmp_path / "whole" / "model.bin").read_bytes() == (tmp_path / "cut" / "model.bin").read_bytes()
+
+
+def test_foreign_checkpoints_go_on(fit, tmp_path, data_dir):
+    """As llama2.c writes them, without our state; and as export.py makes them from a model.bin."""
+    fit("ours", "--max_iters=4")
+    ours = load_checkpoint(tmp_path / "ours" / "ckpt.pt")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len", "dropout")
+    args = {k: ours["model_args"][k] for k in keys}
+    torch.save(
+        {"model": ours["model"], "model_args": args, "iter_num": 4, "best_val_loss": 0.1}, folder / "ckpt.pt"
+    )
+    out = fit("theirs", "--init_from=resume", "--max_iters=6")
+    assert "moments start from zero" in out and saved(folder)["last"] == 6
+    assert (folder / "model.bin").exists()  # 0.1 was measured on other text and holds nothing up
+    checkpoint = train.Transformer(
+        train.ModelArgs(**args | {"multiple_of": 32, "hidden_dim": 88})
+    ).state_dict()
+    assert (
+        checkpoint["layers.0.feed_forward.w1.weight"].shape
+        == ours["model"]["layers.0.feed_forward.w1.weight"].shape
+    )
+    (tmp_path / "from_bin").mkdir()
+    unknown = ours["model_args"] | {"multiple_of": 32}
+    torch.save(
+        {"model": ours["model"], "model_args": unknown, "config": {}}, tmp_path / "from_bin" / "ckpt.pt"
+    )
+    fit(
+        "from_bin", "--init_from=resume", "--max_iters=2"
+    )  # with --multiple_of=8, which its hidden_dim agrees with
+
+
+def test_bfloat16_runs_and_differs(fit, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        fit(dtype, "--max_iters=3", f"--dtype={dtype}")
+    exact, rough = (metrics(tmp_path / dtype)[-1]["loss/val"] for dtype in ("float32", "bfloat16"))
+    assert 0 < abs(exact - rough) < 0.05
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(fit, tmp_path):
+    fit("out", "--max_iters=4")
+    checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
+    checkpoint["config"]["tokenizer_sha256"] = "0" * 64
+    torch.save(checkpoint, tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        fit("new", f"--init_from={tmp_path / 'other.pt'}")
+
+
+def test_divergence_stops_before_anything_good_is_overwritten(fit, tmp_path):
+    with pytest.raises(SystemExit, match="diverged"):
+        fit("out", "--max_iters=8", "--learning_rate=1e20", "--grad_clip=0", "--warmup_iters=0")
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+def test_threads_change_no_bit(fit, tmp_path, monkeypatch):
+    fit("threads", "--max_iters=4", "--batch_size=64")
+    monkeypatch.setattr(Runtime, "start_threads", lambda self, model: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fit("one", "--max_iters=4", "--batch_size=64")
+    torch.set_num_threads(before)
+    assert same(state(tmp_path / "threads")["model"], state(tmp_path / "one")["model"])
 
 
 def test_missing_packages_are_named(fit, monkeypatch):
