@@ -45,7 +45,7 @@ demo/tok512/meta.json: demo/tok512.model
 test: lint run  ## the whole test suite; needs no network but for installing packages
 	$(PY) -m pytest -q tests
 
-lint: $(VENV)/tests-installed
+lint: $(VENV)/tests-installed  ## ruff, the linter
 	$(PY) -m ruff check --config .ci/ruff.toml .
 
 clean:  ## remove what make built (not your data, not your models)
