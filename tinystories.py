@@ -114,7 +114,8 @@ def fetch(url: str, path: str, sha256: str | None = None, flag: str = "--url") -
                 furthest = max(furthest, file_size(part))
                 if failures >= TRIES:
                     raise SystemExit(f"cannot download {url}: {e}; try again later (it resumes), or with no "
-                                     "network: python tinystories.py synth (or import FILE)") from None
+                                     "network: python tinystories.py synth (or import FILE), then train_vocab"
+                                     ) from None
                 wait = BACKOFF * 2 ** (failures - 1)
                 tqdm.write(f"{e}; trying again in {wait:.3g} s", file=sys.stderr)
                 time.sleep(wait)

@@ -11,6 +11,7 @@ Not for: preparing data (tinystories.py), models that need to be split over seve
 """
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import math
@@ -568,7 +569,7 @@ class Pretraining:
         if runtime.world_size > 1:
             ids = [runtime.device] if runtime.kind == "cuda" else None
             self.train_model = DistributedDataParallel(
-                self.model, ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.model, ids, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
     def resume(self, checkpoint: dict) -> None:
@@ -716,7 +717,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Pretraining(cfg, model, checkpoint, runtime)
     metrics = tokenizer = None
     if runtime.rank == 0:
-        if run.iter_num >= cfg.max_iters and not cfg.eval_only:
+        if cfg.max_iters <= run.iter_num != 0 and not cfg.eval_only:
             print(
                 f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --max_iters",
                 file=sys.stderr,
@@ -740,6 +741,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     pretrain(run, metrics, tokenizer)
     if runtime.world_size > 1:
+        # together, and nothing of DDP left: a group that outlives its threads aborts the process at its end
+        run.train_model = None
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 
