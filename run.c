@@ -193,11 +193,12 @@ static Text read_stream(FILE *f, const char *name) {
     return t;
 }
 
-static File open_file(const char *path) {
+// `hint` says how to make the file, for those who have not yet.
+static File open_file(const char *path, const char *hint) {
     File file = {0};
     struct stat st;
     FILE *f = fopen(path, "rb");
-    if (!f) die(path, "cannot open: %s", strerror(errno));
+    if (!f) die(path, "cannot open: %s%s", strerror(errno), errno == ENOENT ? hint : "");
     if (fstat(fileno(f), &st) != 0) die(path, "cannot read: %s", strerror(errno));
 #ifndef _WIN32
     if (S_ISDIR(st.st_mode)) die(path, "is a directory, not a file");
@@ -426,7 +427,8 @@ static void allocate_state(RunState *s, const Config *c, int n_positions) {
 
 // Opens a model and makes room for max_positions of context (0, or more than it has: all of its seq_len).
 static void load_model(Model *m, const char *path, int max_positions) {
-    *m = (Model){.path = path, .file = open_file(path)};
+    *m = (Model){.path = path, .file = open_file(path, "; train.py makes a model, and of a checkpoint: "
+                                                       "python export.py model.bin")};
     Walk f = {.path = path, .file = &m->file};
     Config *c = &m->config;
     int version = read_header(&f, c);
@@ -740,7 +742,8 @@ static int walk_pieces(Tokenizer *t) {
 }
 
 static void load_tokenizer(Tokenizer *t, const char *path) {
-    *t = (Tokenizer){.path = path, .file = open_file(path)};
+    const char *hint = "; make it of its .model: python tokenizer.py --tokenizer-model=FILE.model";
+    *t = (Tokenizer){.path = path, .file = open_file(path, hint)};
     if (t->file.size < 4) bad_tokenizer(path, &t->file, "too few bytes", 0);
     t->size = walk_pieces(t);
     if (t->size == 0) bad_tokenizer(path, &t->file, "no tokens in it", 0);

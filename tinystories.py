@@ -407,10 +407,20 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     if os.path.isdir(folder) and not force:
         raise SystemExit(f"{folder} already holds stories; --force replaces them, "
                          "--data_dir=DIR puts these elsewhere")
-    stories = filter(None, map(str.strip, stories))
-    block = list(itertools.islice(stories, num_shards))
+    empty = 0
+
+    def not_empty() -> Iterator[str]:
+        nonlocal empty
+        for story in map(str.strip, stories):
+            if story:
+                yield story
+            else:
+                empty += 1
+
+    kept = not_empty()
+    block = list(itertools.islice(kept, num_shards))
     if len(block) < 2:
-        raise SystemExit(f"found {len(block)} stories and need 2, one of them for validation; "
+        raise SystemExit(f"found {len(block)} of the 2 stories it takes, one of them for validation; "
                          "is --separator right? --separator=blank splits at blank lines")
     rng = random.Random(seed)
     counts = [0] * len(block)
@@ -422,10 +432,11 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
                 files[i].write(",\n" if counts[i] else "[\n")
                 json.dump({"story": text}, files[i])
                 counts[i] += 1
-            block = list(itertools.islice(stories, num_shards))
+            block = list(itertools.islice(kept, num_shards))
         for f in files:
             f.write("\n]\n")
-    print(f"{folder}: {sum(counts):,} stories in {len(counts)} shards, {counts[0]:,} of them for validation")
+    print(f"{folder}: {sum(counts):,} stories in {len(counts)} shards, {counts[0]:,} of them for validation"
+          + f"; {empty:,} empty ones left out" * (empty > 0))
     print(f"next: {command('train_vocab', data_dir, 4096)}")
 
 
@@ -1065,13 +1076,20 @@ def shard_count(value: str) -> int:
     return int(value)
 
 
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each option's default to its help, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+
+
 def make_cli() -> CommandLine:
     cli = CommandLine(prog="tinystories.py", description=__doc__)
     stages = cli.add_subparsers(dest="stage", required=True, metavar="STAGE", help="STAGE --help tells more")
 
     def stage(name: str, run: Callable, summary: str, force: str = "") -> CommandLine:
         parser = stages.add_parser(name, help=summary, description=summary + ".",
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                   formatter_class=ShowDefaults)
         parser.add_argument("--data_dir", default="data", help="folder for everything this script writes")
         if force:
             parser.add_argument("--force", action="store_true", help=force)

@@ -402,9 +402,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig, kind: str) -> torch.optim
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> bool:
-    """Take over moments, but not hyperparameters: those come from the flags. False if there are none to
-    take.
-    """
+    """Take over moments, not hyperparameters: those come from the flags. False if there are no moments."""
     if not state or not state["state"]:
         return False
     ours = optimizer.state_dict()
@@ -522,9 +520,7 @@ def train_step(
 
 
 class Interrupt:
-    """Turns the first Ctrl-C (or SIGTERM, with which clusters end a job) into a request to stop after this
-    step.
-    """
+    """Turns the first Ctrl-C, or SIGTERM, with which clusters end jobs, into a wish to stop."""
 
     def __init__(self):
         self.asked = False
@@ -671,9 +667,8 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             if tokenizer:
                 tell_story(run, tokenizer)
             since += time.perf_counter() - began
-        (asked,) = runtime.total(
-            interrupt.asked
-        )  # whoever was asked tells the others: the ranks stop together
+        # whoever was asked tells the others: the ranks stop together
+        (asked,) = runtime.total(interrupt.asked)
         if run.iter_num >= cfg.max_iters or asked or cfg.eval_only:
             break
         loss, norm = run.step()

@@ -198,10 +198,10 @@ def run_c(tmp_path_factory):
     program = tmp_path_factory.mktemp("build") / "run"
     subprocess.run(["cc", "-O2", "-std=c11", "-o", program, ROOT / "run.c", "-lm"], check=True)
 
-    def call(*args: object) -> str:
+    def call(*args: object, fails: bool = False) -> str:
         done = subprocess.run([program, *map(str, args)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.returncode == int(fails), done.stderr
+        return done.stderr if fails else done.stdout
 
     return call
 
@@ -247,3 +247,11 @@ def test_run_c_tells_the_story_that_pytorch_tells(run_c, tmp_path):
     assert run_c(tmp_path / "int8.bin", *flags).startswith(
         "Once upon a time, there was a little girl named Lily."
     )
+
+
+def test_missing_files_name_the_command_that_makes_them(run_c, tmp_path):
+    net, path = make(), tmp_path / "model.bin"
+    assert "python export.py" in run_c(path, fails=True)
+    write_bin(str(path), net.args, net.state_dict())
+    message = run_c(path, "-z", tmp_path / "tok.bin", fails=True)
+    assert "tok.bin" in message and "python tokenizer.py" in message and message.count("\n") == 1

@@ -327,7 +327,7 @@ def test_import_errors(tmp_path, capsys):
         ("a.txt", b"One <|endoftext|> caf\xe9", [], "byte 21 is 0xe9"),
         ("a.txt", b"x" * ts.CHUNK + b"<|endoftext|>\xff", [], f"byte {ts.CHUNK + 13} is 0xff"),
         ("a.txt", b"x" * (ts.CHUNK - 1) + "é".encode()[:1], [], f"byte {ts.CHUNK - 1} is 0xc3"),
-        ("a.txt", b"only one", [], "found 1 stories"), ("a.txt", b"", [], "found 0 stories"),
+        ("a.txt", b"only one", [], "found 1 of the 2"), ("a.txt", b"", [], "found 0 of the 2"),
         ("a.txt", b"one two", ["--separator=blank"], "--separator"),
         ("a.json", b'{"story": "a"}', [], "line 1, item 0: not a JSON list"),
         ("a.json", b'[{"story": "a"},\n{"story": "b"\n"x"}]', [], "line 3, item 1: Expecting ',' delimiter"),
@@ -350,6 +350,12 @@ def test_import_errors(tmp_path, capsys):
         assert not (tmp_path / "d" / "TinyStories_all_data").exists()
     refuses("no such file", ts.main, ["import", str(tmp_path / "none.txt")])
     refuses("--data_dir", ts.main, ["import", str(tmp_path), f"--data_dir={tmp_path / 'd'}"])
+
+
+def test_import_counts_what_it_leaves_out(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one<|endoftext|> \n<|endoftext|>two<|endoftext|>\n")
+    ts.main(["import", str(tmp_path / "a.txt"), f"--data_dir={tmp_path / 'd'}"])
+    assert "2 stories in 2 shards, 1 of them for validation; 2 empty ones left out" in capsys.readouterr().out
 
 
 def test_import_without_separator_is_bounded(tmp_path, monkeypatch):
