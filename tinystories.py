@@ -1029,6 +1029,40 @@ class TokenBatches:
         self._epoch = (-1, 0, self._epoch[2])
 
 
+class StoryStarts:
+    """Beginnings of random stories of a split: BOS and the first tokens, to be continued by a model.
+
+    Raises SystemExit as TokenBatches does, and for shards without a BOS.
+    """
+
+    def __init__(self, token_dir: str, split: str):
+        data = TokenBatches(token_dir, split, 1, 1)
+        self.bos_id, self._shards, self._ends = data.bos_id, data._shards, data._ends
+        if not any((shard == self.bos_id).any() for shard in self._shards):
+            raise SystemExit(f"no story in {token_dir} begins with BOS (id {self.bos_id}), so that a model of it "
+                             "never ends one; run pretokenize again")
+
+    def sample(self, rng: np.random.Generator, count: int, length: int) -> list[list[int]]:
+        """`count` prompts of BOS and 0 to length - 1 tokens, but none of a next story's."""
+        prompts = []
+        for _ in range(count):
+            # the story that begins next after a random token
+            shard = bisect_right(self._ends, int(rng.integers(self._ends[-1])))
+            tokens = self._shards[shard]
+            at = int(rng.integers(len(tokens)))
+            while not len(found := np.flatnonzero(tokens[at:at + 4096] == self.bos_id)):
+                at += 4096
+                if at >= len(tokens):
+                    shard, at = (shard + 1) % len(self._shards), 0
+                    tokens = self._shards[shard]
+            at += int(found[0]) + 1
+            story = tokens[at:at + int(rng.integers(length))].tolist()
+            if self.bos_id in story:
+                story = story[:story.index(self.bos_id)]
+            prompts.append([self.bos_id, *story])
+        return prompts
+
+
 def read_meta(folder: str, vocab_size: int | None = None) -> dict:
     """The meta.json of a token folder, checked against the files, the tokenizer and `vocab_size`."""
     data_dir, name = os.path.split(os.path.normpath(folder))

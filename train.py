@@ -3,7 +3,8 @@
     python train.py --vocab_source=custom --vocab_size=4096           # on whatever this machine has
     python train.py --out_dir=out --init_from=resume                  # go on where that run stopped
     python train.py --init_from=stories.pt --out_dir=tuned            # fine-tune these weights
-    torchrun --standalone --nproc_per_node=4 train.py …               # the same, shared by 4 processes
+    python train.py --out_dir=out --init_from=resume --ppo            # PPO on out/ckpt.pt (ppo.py)
+    torchrun --standalone --nproc_per_node=4 train.py …               # any of it, shared by 4 processes
 
 In out_dir: ckpt.pt (best validation loss so far) and its model.bin for run.c, last.pt (newest state, what
 resume takes), metrics.jsonl (a line per log step and evaluation).
@@ -28,6 +29,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -46,7 +48,8 @@ from model import (
     pick_device,
     save_checkpoint,
 )
-from tinystories import TokenBatches, command, read_meta, token_dir
+from ppo import PPO, PPOConfig, train_ppo
+from tinystories import StoryStarts, TokenBatches, command, read_meta, token_dir
 from tokenizer import CommandLine, atomic_write
 
 # Tokens that a CPU core works on at a time: activations of this many stay in its caches
@@ -131,6 +134,18 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
 
 
+# what these are with --ppo, where they are not given
+PPO_DEFAULTS = {
+    "learning_rate": 4e-4,
+    "batch_size": 50,
+    "gradient_accumulation_steps": 1,
+    "beta2": 0.99,
+    "weight_decay": 0.0,
+    "eval_interval": 10,
+    "eval_iters": 2,
+}
+PPO_ITERS = 15  # where neither --ppo_iters nor --max_iters is given
+
 # what a resumed run takes from the command line (or the default), not from the run it goes on with
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "device", "dtype", "compile"}
 
@@ -146,10 +161,11 @@ def parse_bool(text: str) -> bool:
 parse_bool.__name__ = "boolean (True or False)"  # what argparse calls it in its complaint
 
 
-def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict]:
-    """The flags that were given, as (fields of ModelArgs, fields of TrainConfig)."""
+def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict, dict]:
+    """The flags that were given, as (fields of ModelArgs, fields of TrainConfig, fields of PPOConfig)."""
     cli = CommandLine(prog="train.py", description=__doc__)
-    for config, title in ((ModelArgs, "model"), (TrainConfig, "training")):
+    configs = {"model": ModelArgs, "training": TrainConfig, "PPO": PPOConfig}
+    for title, config in configs.items():
         group = cli.add_argument_group(title)
         for f in dataclasses.fields(config):
             kind = typing.get_args(f.type)[0] if isinstance(f.type, types.UnionType) else f.type
@@ -166,13 +182,13 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict]:
                     }
             text = f.metadata["help"]
             if "(default" not in text and f.default != "":
-                text += f" (default: {f.default})"
+                with_ppo = f"; with --ppo {PPO_DEFAULTS[f.name]}" if f.name in PPO_DEFAULTS else ""
+                text += f" (default: {f.default}{with_ppo})"
             group.add_argument("--" + f.name, help=text, default=dataclasses.MISSING, **how)
     given = {k: v for k, v in vars(cli.parse_args(argv)).items() if v is not dataclasses.MISSING}
-    model_fields = {f.name for f in dataclasses.fields(ModelArgs)}
-    return (
-        {k: v for k, v in given.items() if k in model_fields},
-        {k: v for k, v in given.items() if k not in model_fields},
+    return tuple(
+        {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
+        for config in configs.values()
     )
 
 
@@ -180,28 +196,32 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict]:
 # Metrics
 
 
-def iteration_of(line: str) -> int:
-    """Of a line of metrics.jsonl; -1 for one that a killed run left incomplete."""
+def logged_by(line: str) -> tuple[int, bool]:
+    """Iteration and whether it is PPO's, of a line of metrics.jsonl; -1 for one that a kill left incomplete."""
     try:
-        return json.loads(line)["iter"] if line.endswith("\n") else -1
+        values = json.loads(line)
+        return (values["iter"] if line.endswith("\n") else -1), any(k.startswith("ppo/") for k in values)
     except (ValueError, KeyError, TypeError):
-        return -1
+        return -1, False
 
 
 class Metrics:
     """metrics.jsonl, and Weights & Biases and TensorBoard where asked for. Made by rank 0 only."""
 
-    def __init__(self, cfg: TrainConfig, iter_num: int):
-        """Goes on after iteration iter_num: what a killed run logged beyond its saved state is dropped."""
+    def __init__(self, cfg: TrainConfig, iter_num: int, ppo: bool = False, fresh: bool = False):
+        """Goes on after iteration iter_num of pretraining or of PPO: what a killed run logged beyond its saved
+        state is dropped, of the other nothing. fresh: no iteration of this kind was made yet."""
         self.wandb = self.tensorboard = self.path = None
         if cfg.eval_only:  # looks, and leaves no trace
             return
         os.makedirs(cfg.out_dir, exist_ok=True)
         self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
         kept = []
-        if iter_num and os.path.exists(self.path):
+        if (iter_num or ppo) and os.path.exists(self.path):
             with open(self.path, encoding="utf-8", errors="replace") as f:
-                kept = [line for line in f if 0 <= iteration_of(line) <= iter_num]
+                lines = [(*logged_by(line), line) for line in f]
+            limit = -1 if fresh else iter_num
+            kept = [line for i, of_ppo, line in lines if i >= 0 and (of_ppo != ppo or i <= limit)]
         with atomic_write(self.path, "w") as f:
             f.writelines(kept)
         if cfg.wandb_log:
@@ -273,6 +293,42 @@ class Runtime:
         for i in range(0, len(items), self.threads):  # not all at once: results are as large as the model
             yield from self.pool.map(function, items[i : i + self.threads])
 
+    def backward(self, function: Callable, parts: list, params: list[nn.Parameter]) -> torch.Tensor:
+        """Add the gradients of function(part) → (loss, statistics) to p.grad, part after part, in one order.
+
+        Returns the sum of the statistics, 0 without parts.
+        """
+
+        def gradients(part) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+            loss, stats = function(part)
+            return stats, torch.autograd.grad(loss, params, allow_unused=True)
+
+        total = 0.0
+        for stats, grads in self.map(gradients, parts):
+            total = total + stats
+            for p, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    p.grad = grad if p.grad is None else p.grad.add_(grad)
+        return torch.as_tensor(total)
+
+    def reduce(self, params: list[nn.Parameter], stats: torch.Tensor) -> torch.Tensor:
+        """Replace gradients by their sums over all ranks, which must hold the same parameters; stats likewise."""
+        if self.world_size == 1:
+            return stats
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad = grad.view_as(p).clone()
+        sums = [None] * self.world_size
+        dist.all_gather_object(sums, stats.cpu())
+        return sum(sums)
+
+    def gather(self, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Every rank's tensors, in order of rank, on this rank's device."""
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, {name: x.cpu() for name, x in tensors.items()})
+        return [{name: x.to(self.device) for name, x in part.items()} for part in gathered]
+
     def total(self, *values: float | torch.Tensor) -> list[float]:
         """The sums over all ranks."""
         if self.world_size == 1:
@@ -283,11 +339,11 @@ class Runtime:
         return sums.tolist()
 
 
-def set_up(cfg: TrainConfig) -> Runtime:
+def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
     """Pick device, precision and rank; joins the other processes when torchrun started this one."""
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # set by torchrun
     device = cfg.device
-    if cfg.gradient_accumulation_steps % world_size:
+    if cfg.gradient_accumulation_steps % world_size and not ppo:
         raise SystemExit(
             f"{world_size} processes cannot share --gradient_accumulation_steps="
             f"{cfg.gradient_accumulation_steps}; make it a multiple of {world_size}"
@@ -469,20 +525,14 @@ def split_batch(
 
 def add_gradients(model: nn.Module, parts: list, weight: float, runtime: Runtime) -> torch.Tensor:
     """Add weight times each row's gradient to p.grad, part after part; returns the loss likewise."""
-    params = list(model.parameters())
 
-    def gradients(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def loss(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         with runtime.autocast():
-            _, loss = model(*part)
-        loss = loss * (len(part[0]) * weight)
-        return loss.detach(), torch.autograd.grad(loss, params)
+            _, mean = model(*part)
+        total = mean * (len(part[0]) * weight)
+        return total, total.detach()
 
-    total = torch.zeros(())
-    for loss, grads in runtime.map(gradients, parts):
-        total += loss
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
-    return total
+    return runtime.backward(loss, parts, list(model.parameters()))
 
 
 def train_step(
@@ -532,21 +582,27 @@ class Interrupt:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+def find_tokens(cfg: TrainConfig, args: ModelArgs, checkpoint: dict) -> tuple[str, dict]:
+    """Folder and meta of the token shards; raises SystemExit if the checkpoint's tokenizer was another."""
+    size = 0 if cfg.vocab_source == "llama2" else args.vocab_size
+    folder = token_dir(cfg.data_dir, size)
+    meta = read_meta(folder, args.vocab_size)
+    trained_with = checkpoint.get("config", {}).get("tokenizer_sha256", meta["tokenizer_sha256"])
+    if trained_with != meta["tokenizer_sha256"]:
+        raise SystemExit(
+            f"{folder} was made with another tokenizer than the checkpoint; put that one back, "
+            f"then run: {command('pretokenize', cfg.data_dir, size, '--force')}"
+        )
+    return folder, meta
+
+
 class Pretraining:
     """A run's moving parts: what a checkpoint holds, and what it takes to make the next step."""
 
     def __init__(self, cfg: TrainConfig, model: Transformer, checkpoint: dict | None, runtime: Runtime):
         self.cfg, self.raw_model, self.runtime = cfg, model.to(runtime.device), runtime
-        folder = token_dir(cfg.data_dir, 0 if cfg.vocab_source == "llama2" else model.args.vocab_size)
-        meta = read_meta(folder, model.args.vocab_size)
         checkpoint = checkpoint or {}
-        trained_with = checkpoint.get("config", {}).get("tokenizer_sha256", meta["tokenizer_sha256"])
-        if trained_with != meta["tokenizer_sha256"]:
-            size = 0 if cfg.vocab_source == "llama2" else model.args.vocab_size
-            raise SystemExit(
-                f"{folder} was made with another tokenizer than the checkpoint; put that one back, "
-                f"then run: {command('pretokenize', cfg.data_dir, size, '--force')}"
-            )
+        folder, meta = find_tokens(cfg, model.args, checkpoint)
         self.config = asdict(cfg) | {"tokenizer_sha256": meta["tokenizer_sha256"]}
         shape = cfg.batch_size, model.args.max_seq_len
         ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
@@ -595,12 +651,10 @@ class Pretraining:
             "train_loss": (float(self.loss_sum), self.loss_count),
         }
         last, ckpt = os.path.join(folder, "last.pt"), os.path.join(folder, "ckpt.pt")
-        args = self.raw_model.args
-        version = 0 if (args.rope_theta, args.norm_eps) == DEFAULTS else 1
         try:
             # last.pt last: it says that this evaluation is over and done with
             if best or not os.path.exists(ckpt):
-                write_bin(os.path.join(folder, "model.bin"), args, self.raw_model.state_dict(), version)
+                write_model(os.path.join(folder, "model.bin"), self.raw_model)
                 save_checkpoint(ckpt, checkpoint)
             save_checkpoint(last, checkpoint)
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
@@ -706,8 +760,152 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
         print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
 
 
+def configure_ppo(
+    model_given: dict, given: dict, ppo_given: dict
+) -> tuple[TrainConfig, PPOConfig, dict, dict | None]:
+    """Settings, the reference's checkpoint, and the state of an earlier PPO run to go on with, if there is one."""
+    out_dir = TrainConfig(out_dir=given.get("out_dir", TrainConfig.out_dir)).out_dir
+    path, state_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ppo_ckpt.pt"))
+    if given.get("init_from") not in ("resume", "auto"):
+        raise SystemExit(f"--ppo fine-tunes {path}; add --init_from=resume")
+    checkpoint = load_checkpoint(path)
+    state = load_checkpoint(state_path) if os.path.exists(state_path) else None
+    try:
+        free = {"dropout": 0.0}  # max_seq_len, too, is what it was
+        args = ModelArgs(**checkpoint["model_args"] | free)
+        for name, value in model_given.items():
+            if name != "dropout" and not agrees(name, value, args):
+                raise SystemExit(
+                    f"--{name}={value} contradicts {path}, where it is {getattr(args, name)}; leave the flag out"
+                )
+        train_names = {f.name for f in dataclasses.fields(TrainConfig)}
+        if state:
+            saved = {k: v for k, v in state["config"].items() if k not in NOT_INHERITED}
+        else:
+            saved = {
+                k: v for k, v in checkpoint.get("config", {}).items() if k in ("vocab_source", "data_dir")
+            }
+            saved = PPO_DEFAULTS | saved
+            if not {"max_iters", "ppo_iters"} & (given.keys() | ppo_given.keys()):
+                ppo_given = ppo_given | {"ppo_iters": PPO_ITERS}
+        if "max_iters" in given:
+            saved.pop("ppo_iters", None)
+        if args.vocab_size != 32000:
+            saved.setdefault("vocab_source", "custom")
+        cfg = TrainConfig(**{k: v for k, v in saved.items() if k in train_names} | given)
+        ppo_names = {f.name for f in dataclasses.fields(PPOConfig)}
+        ppo = PPOConfig(**{k: v for k, v in saved.items() if k in ppo_names} | ppo_given)
+    except (ValueError, TypeError) as e:
+        raise SystemExit(f"{e}; see: python train.py --help") from None
+    if cfg.dtype not in ("auto", "float32") or cfg.compile == "True":
+        raise SystemExit("PPO computes in float32 and without compilation; leave --dtype and --compile out")
+    cfg.dtype, cfg.compile = "float32", "False"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
+        print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
+    longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
+    if "length" in ppo.reward and ppo.target_len > longest:
+        limit = (
+            f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
+        )
+        raise SystemExit(
+            f"no story can come to --target_len={ppo.target_len} within {limit}; choose a lower target"
+        )
+    if ppo.start_len >= args.max_seq_len:
+        raise SystemExit(
+            f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens"
+        )
+    return cfg, ppo, checkpoint, state
+
+
+def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: dict, tokenizer):
+    """prompts(iteration, count) to train on, and held-out ones: from the token shards or from --prompts."""
+    count = cfg.eval_iters * cfg.batch_size or 512
+    if not ppo.prompts:
+        folder, _ = find_tokens(cfg, args, checkpoint)
+        stories = StoryStarts(folder, "train")
+        held_out = StoryStarts(folder, "val").sample(np.random.default_rng(0), count, ppo.start_len)
+        return lambda i, n: stories.sample(np.random.default_rng([cfg.seed, i]), n, ppo.start_len), held_out
+    try:
+        with open(ppo.prompts, encoding="utf-8") as f:
+            lines = [line.rstrip("\n") for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise SystemExit(f"--prompts={ppo.prompts}: {e}") from None
+    if not lines:
+        raise SystemExit(f"--prompts={ppo.prompts} holds no prompt; write one per line")
+    ids = [tokenizer.encode(line, bos=True) for line in lines]
+    if (longest := max(map(len, ids))) >= args.max_seq_len:
+        raise SystemExit(
+            f"--prompts={ppo.prompts}: a prompt of {longest} tokens leaves no room in a context of "
+            f"{args.max_seq_len}"
+        )
+    train = [p for i, p in enumerate(ids) if i % 10 or len(ids) < 10]  # every tenth is held out
+    held_out = (ids[::10] if len(ids) >= 10 else ids)[:count]
+
+    def sample(i: int, n: int) -> list[list[int]]:
+        return [train[k] for k in np.random.default_rng([cfg.seed, i]).integers(len(train), size=n)]
+
+    return sample, held_out
+
+
+def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
+    cfg, ppo, checkpoint, state = configure_ppo(model_given, given, ppo_given)
+    runtime = set_up(cfg, ppo=True)
+    args = ModelArgs(**checkpoint["model_args"] | {"dropout": 0.0})
+    about = {"config": asdict(cfg) | checkpoint.get("config", {}), "model_args": asdict(args)}
+    about["config"] |= {"vocab_source": cfg.vocab_source, "data_dir": cfg.data_dir}
+    tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"), strict=True)
+    prompts, held_out = prompts_for(cfg, ppo, args, checkpoint, tokenizer)
+    run = PPO(ppo, cfg, runtime, checkpoint, tokenizer, prompts, held_out)
+    if state:
+        run.resume(state, os.path.join(cfg.out_dir, "ppo_ckpt.pt"))
+    runtime.start_threads(run.policy)
+    metrics = None
+    if runtime.rank == 0:
+        metrics = open_metrics(cfg, run.iter_num, ppo=True, fresh=state is None)
+        trained = sum(p.numel() for p in run.trained)
+        print(
+            f"{run.policy.num_parameters():,} parameters, {trained:,} trained, on {runtime.world_size} x "
+            f"{runtime.device}; {run.size} episodes per iteration, to iteration {run.last - 1}"
+        )
+        if run.iter_num >= run.last and not cfg.eval_only:
+            print(
+                f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --ppo_iters",
+                file=sys.stderr,
+            )
+    train_ppo(run, metrics, Interrupt(), write_model)
+    leave_together(runtime)
+
+
+def write_model(path: str, model: Transformer) -> None:
+    """model.bin for run.c, in the oldest layout that can tell all there is."""
+    version = 0 if (model.args.rope_theta, model.args.norm_eps) == DEFAULTS else 1
+    write_bin(path, model.args, model.state_dict(), version)
+
+
+def open_metrics(cfg: TrainConfig, iter_num: int, **how) -> Metrics:
+    try:
+        return Metrics(cfg, iter_num, **how)
+    except OSError as e:
+        raise SystemExit(f"cannot write to {cfg.out_dir}: {e.strerror}; choose another --out_dir") from None
+
+
+def leave_together(runtime: Runtime) -> None:
+    """A process group that outlives its threads aborts the process at its end."""
+    if runtime.world_size > 1:
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def main(argv: list[str] | None = None) -> None:
-    cfg, model, checkpoint = configure(*parse_cli(argv))
+    model_given, given, ppo_given = parse_cli(argv)
+    if ppo_given.pop("ppo", False):
+        run_ppo(model_given, given, {"ppo": True} | ppo_given)
+        return
+    if ppo_given:
+        raise SystemExit(f"--{next(iter(ppo_given))} is for PPO; add --ppo, or leave it out")
+    cfg, model, checkpoint = configure(model_given, given)
     runtime = set_up(cfg)
     run = Pretraining(cfg, model, checkpoint, runtime)
     metrics = tokenizer = None
@@ -717,12 +915,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --max_iters",
                 file=sys.stderr,
             )
-        try:
-            metrics = Metrics(cfg, run.iter_num)
-        except OSError as e:
-            raise SystemExit(
-                f"cannot write to {cfg.out_dir}: {e.strerror}; choose another --out_dir"
-            ) from None
+        metrics = open_metrics(cfg, run.iter_num)
         try:
             about = {"config": run.config, "model_args": asdict(model.args)}
             tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"))
@@ -735,12 +928,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration"
         )
     pretrain(run, metrics, tokenizer)
-    if runtime.world_size > 1:
-        # together, and nothing of DDP left: a group that outlives its threads aborts the process at its end
-        run.train_model = None
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
+    run.train_model = None  # nothing of DDP may be left either
+    leave_together(runtime)
 
 
 if __name__ == "__main__":

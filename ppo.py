@@ -1,0 +1,1000 @@
+"""PPO: fine-tune a pretrained Llama towards a reward, at a price for leaving what it was.
+
+    python train.py --out_dir=stories260K --init_from=resume --ppo        # all flags: python train.py --help
+    python ppo.py report stories260K                                      # pictures of what it did
+
+An iteration rolls out responses to prompts, scores them, estimates advantages, and takes a few clipped policy-gradient
+steps (Schulman et al. 2017; for language models Ziegler et al. 2019, Stiennon et al. 2020). It maximises
+J = E[reward] - beta * KL(policy || reference), the KL summed over a response's tokens.
+Not for: training reward models, dialogue of several turns, rewards in the middle of a response.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import (
+    ModelArgs,
+    Transformer,
+    decode,
+    model_from_checkpoint,
+    opt,
+    sample,
+    save_checkpoint,
+)
+
+ROLLOUT_ROWS = 200  # episodes decoded together on a CPU core
+CPU_PART_TOKENS = 1024  # tokens that a CPU core learns from at a time: they stay in its caches
+EVAL_SEED = 2**40  # of the random numbers of held-out responses, the same at every evaluation
+
+# ---- configuration -----------------------------------------------------------------------------------
+
+
+@dataclass
+class PPOConfig:
+    """What to optimise and how. Raises ValueError for values that make no sense."""
+
+    ppo: bool = opt(False, "fine-tune out_dir/ckpt.pt with PPO instead of pretraining")
+    ppo_iters: int = opt(0, "PPO iterations after ckpt.pt's last one (default: up to --max_iters, inclusive)")
+    # the task
+    reward: str = opt(
+        "length",
+        "length, keyword, or FILE.py:FUNCTION of your own (the file is run); a weighted sum is "
+        "written like length+0.5*keyword",
+    )
+    target_len: int = opt(200, "tokens that --reward=length wants, from BOS to end token, prompt included")
+    keywords: str = opt("", "words that --reward=keyword wants in the story, with commas")
+    reward_norm: bool = opt(False, "subtract the scores' running mean and divide by their running deviation")
+    reward_clip: float = opt(0.0, "clip scores to +- this; 0 for no limit")
+    missing_eos_penalty: float = opt(
+        0.0, "taken from the score of a story cut off before its end, in training"
+    )
+    start_len: int = opt(30, "a prompt is BOS and the first 0 to start_len - 1 tokens of a story")
+    prompts: str = opt("", "take the prompts from this file instead, one per line")
+    max_gen_len: int = opt(300, "longest response, in tokens")
+    rollout_size: int = opt(0, "episodes per iteration, over all processes (default: 8 * batch_size)")
+    group_size: int = opt(1, "responses to each prompt")
+    # the price of leaving the reference
+    init_kl_coef: float = opt(0.2, "beta, the price of a nat")
+    kl_penalty: str = opt(
+        "exact",
+        "exact: of the whole distribution at each token, differentiated; k1: the sampled token's log-ratio, "
+        "in the reward",
+        choices=("exact", "k1"),
+    )
+    adaptive_kl: bool = opt(False, "move beta so that the KL comes to --kl_target")
+    kl_target: float = opt(6.0, "nats per response, for --adaptive_kl")
+    kl_horizon: int = opt(10000, "episodes in which beta may about double or halve")
+    # advantages
+    advantage: str = opt(
+        "gae",
+        "gae: by a critic; rloo and grpo: against the other responses to the same prompt (--group_size >= 2)",
+        choices=("gae", "rloo", "grpo"),
+    )
+    lam: float = opt(0.98, "lambda of GAE: 1 has no bias, less has less noise")
+    critic: str = opt(
+        "reference",
+        "what the critic's value head reads: the reference's features, a trunk of its own (separate), or the "
+        "policy's (shared)",
+        choices=("reference", "separate", "shared"),
+    )
+    critic_lr: float = opt(1e-3, "the critic's learning rate")
+    critic_epochs: int = opt(4, "passes of the critic over each rollout")
+    critic_warmup: int = opt(20, "passes of the critic over the first rollout, before the policy moves")
+    vf_coef: float = opt(0.1, "weight of the value loss in a shared trunk")
+    # updates
+    ppo_epochs: int = opt(2, "passes of the policy over each rollout")
+    clip: float = opt(0.2, "how far below 1 the probability ratio is followed")
+    clip_high: float = opt(0.2, "how far above")
+    target_kl: float = opt(
+        0.05, "stop an iteration's passes when old and new policy differ by this (k3); 0: never"
+    )
+    ent_coef: float = opt(0.0, "weight of an entropy bonus")
+    train_only: str = opt("", "train only parameters whose names match this regular expression")
+    adam_eps: float = opt(1e-5, "epsilon of AdamW")
+    eval_samples: int = opt(4, "responses to each of the eval_iters * batch_size held-out prompts")
+
+    def __post_init__(self):
+        least = {
+            "target_len": 1,
+            "start_len": 1,
+            "max_gen_len": 1,
+            "group_size": 1,
+            "ppo_epochs": 1,
+            "eval_samples": 1,
+            "kl_horizon": 1,
+        }
+        for f in fields(self):
+            value, low = getattr(self, f.name), least.get(f.name, 0)
+            if isinstance(value, int | float) and not low <= value < math.inf:
+                raise ValueError(f"{f.name}={value} must be at least {low}")
+        if self.lam > 1:
+            raise ValueError(f"lam={self.lam} must be in [0, 1]")
+        if self.clip >= 1:
+            raise ValueError(f"clip={self.clip} must be below 1")
+        if self.advantage != "gae" and self.group_size < 2:
+            raise ValueError(
+                f"advantage={self.advantage} compares responses to one prompt; add --group_size=4, say"
+            )
+        try:
+            re.compile(self.train_only)
+        except re.error as e:
+            raise ValueError(f"train_only={self.train_only} is no regular expression ({e})") from None
+
+
+# ---- rewards -----------------------------------------------------------------------------------------
+
+# prompts, stories (prompt and response), their token ids (end token included), and whether each ended by itself
+Reward = Callable[[list[str], list[str], list[list[int]], list[bool]], Sequence[float]]
+
+
+def length_reward(target_len: int) -> Reward:
+    """-|tokens - target_len| / 100, so that a hundred tokens off cost one."""
+    return lambda prompts, stories, tokens, ended: [-abs(len(ids) - target_len) / 100 for ids in tokens]
+
+
+def keyword_reward(words: Sequence[str]) -> Reward:
+    """The share of the words that a story mentions, as whole words, in any case."""
+    patterns = [re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE) for word in words]
+    return lambda prompts, stories, tokens, ended: [
+        sum(bool(p.search(story)) for p in patterns) / len(patterns) for story in stories
+    ]
+
+
+def reward_from_file(spec: str) -> Reward:
+    """The function of FILE.py:FUNCTION; running the file is what the user asked for."""
+    path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        raise SystemExit(
+            f"--reward={spec}: there is no file {path}; rewards are length, keyword, FILE.py:FUNCTION"
+        )
+    module_spec = importlib.util.spec_from_file_location("user_reward", path)
+    if module_spec is None:
+        raise SystemExit(f"--reward={spec}: {path} is no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:  # the user's code may raise anything
+        raise SystemExit(f"--reward={spec}: {path} failed with {type(e).__name__}: {e}") from None
+    if not callable(function := getattr(module, name, None)):
+        raise SystemExit(f"--reward={spec}: {path} has no function {name}")
+    return function
+
+
+class Scorer:
+    """The weighted rewards of PPOConfig.reward, checked, with the story named that one of them fails on."""
+
+    def __init__(self, cfg: PPOConfig, tokenizer):
+        self.tokenizer, self.parts = tokenizer, []  # (name, weight, Reward)
+        for term in cfg.reward.split("+"):
+            weight, name = re.fullmatch(r"(?:([^*]*)\*)?(.*)", term.strip()).groups()
+            try:
+                number = float(weight or 1)
+            except ValueError:
+                raise SystemExit(f"--reward={cfg.reward}: {weight} is no number") from None
+            if name == "length":
+                reward = length_reward(cfg.target_len)
+            elif name == "keyword":
+                words = [word.strip() for word in cfg.keywords.split(",") if word.strip()]
+                if not words:
+                    raise SystemExit("--reward=keyword needs words, like --keywords=dog,happy")
+                reward = keyword_reward(words)
+            elif ":" in name:
+                reward = reward_from_file(name)
+            else:
+                raise SystemExit(
+                    f"--reward={name} is not known; it can be length, keyword or FILE.py:FUNCTION"
+                )
+            self.parts.append((name.rpartition(":")[2], number, reward))
+
+    def __call__(self, prompts: list[list[int]], tokens: list[list[int]], ended: list[bool]) -> torch.Tensor:
+        """Weighted scores of the parts, (N, parts); raises SystemExit naming the story at fault."""
+        if not tokens:
+            return torch.zeros(0, len(self.parts))
+        texts = (
+            [self.tokenizer.decode(ids) for ids in prompts],
+            [self.tokenizer.decode(ids) for ids in tokens],
+        )
+        columns = [
+            self.run(name, reward, *texts, tokens, ended) * weight for name, weight, reward in self.parts
+        ]
+        return torch.stack(columns, 1)
+
+    def run(self, name: str, reward: Reward, *columns: list) -> torch.Tensor:
+        stories = columns[1]
+        try:
+            scores = self.numbers(reward(*columns), len(stories))
+        except Exception:  # whose fault it is shows one by one
+            for i, story in enumerate(stories):
+                try:
+                    self.numbers(reward(*([column[i]] for column in columns)), 1)
+                except Exception as e:
+                    raise SystemExit(
+                        f"the reward {name} failed with {type(e).__name__}: {e}, on the story {story[:80]!r}"
+                    ) from None
+            raise
+        if len(bad := (~scores.isfinite()).nonzero()):
+            story = stories[int(bad[0])]
+            raise SystemExit(f"the reward {name} is {float(scores[bad[0]])} for the story {story[:80]!r}")
+        return scores
+
+    @staticmethod
+    def numbers(scores, count: int) -> torch.Tensor:
+        scores = torch.tensor([float(score) for score in scores], dtype=torch.float32)
+        if len(scores) != count:
+            raise ValueError(f"{len(scores)} scores for {count} stories")
+        return scores
+
+
+class RunningMoments:
+    """Mean and deviation of all scores so far (Chan et al. 1979)."""
+
+    def __init__(self, count: float = 0.0, mean: float = 0.0, squares: float = 0.0):
+        self.count, self.mean, self.squares = count, mean, squares
+
+    def update(self, x: torch.Tensor) -> None:
+        x = x.double()
+        delta, total = float(x.mean()) - self.mean, self.count + len(x)
+        self.squares += float((x - x.mean()).square().sum()) + delta**2 * self.count * len(x) / total
+        self.mean, self.count = self.mean + delta * len(x) / total, total
+
+    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) / max(math.sqrt(self.squares / self.count), 1e-8)
+
+
+# ---- rollout -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """N episodes padded on the right to T tokens, on the model's device.
+
+    Of the tensors per token, (N, T-1), entry t belongs to the choice of token t + 1, made in the state of
+    tokens 0 … t; it counts where that token is part of the response: mask.
+    """
+
+    tokens: torch.Tensor  # (N, T) int64
+    start: torch.Tensor  # (N,) length of the prompt
+    end: torch.Tensor  # (N,) length of prompt and response, end token included
+    ended: torch.Tensor  # (N,) bool: with the end token, not cut off at a cap
+    logp: torch.Tensor  # (N, T-1) log-probability of what was chosen
+    features: torch.Tensor  # (N, T-1, dim) last hidden state of the policy
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(N, T-1) bool: choices of response tokens, the end token's included."""
+        t = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
+        return (t >= self.start[:, None] - 1) & (t < self.end[:, None] - 1)
+
+    def texts(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The ids of the prompts and of the whole stories."""
+        rows = [row[:n] for row, n in zip(self.tokens.tolist(), self.end.tolist(), strict=True)]
+        return [row[:n] for row, n in zip(rows, self.start.tolist(), strict=True)], rows
+
+
+@torch.no_grad()
+def rollout(
+    policy: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_id: int, u: torch.Tensor
+) -> Rollout:
+    """Let the policy continue prompts at temperature 1 over the whole vocabulary.
+
+    u (N, max_new_tokens), uniform in [0, 1), makes the choices: row n's text depends on prompt n and u[n] alone.
+    """
+    steps = []  # (rows, logp, features) of each step
+
+    def choose(rows: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        logits = policy.output(features).float()
+        ids = sample(logits, u[rows, len(steps)].to(logits.device))
+        logp = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+        steps.append((rows, logp, features))
+        return ids
+
+    new = decode(policy, prompts, max_new_tokens, (end_id,), choose)
+    start = torch.tensor([len(prompt) for prompt in prompts])
+    end = start + torch.tensor([len(ids) for ids in new])
+    N, T = len(prompts), int(end.max())
+    device = policy.rope_cos.device
+    tokens = torch.zeros(N, T, dtype=torch.long)
+    for row, prompt, ids in zip(tokens, prompts, new, strict=True):
+        row[: len(prompt) + len(ids)] = torch.tensor([*prompt, *ids])
+    logp, features = (
+        torch.zeros(N, T - 1, device=device),
+        torch.zeros(N, T - 1, policy.args.dim, device=device),
+    )
+    for step, (rows, step_logp, step_features) in enumerate(steps):
+        at = start[rows] - 1 + step
+        real = at < end[rows] - 1  # rows that have ended stay in the batch for a while
+        where = rows[real].to(device), at[real].to(device)
+        real = real.to(device)
+        logp[where], features[where] = step_logp[real], step_features[real].float()
+    ended = torch.tensor([bool(ids) and ids[-1] == end_id for ids in new])
+    return Rollout(tokens.to(device), start.to(device), end.to(device), ended.to(device), logp, features)
+
+
+def join(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Concatenate episodes (dicts of tensors, N first) whose per-token tensors are padded to different lengths."""
+    joined = {}
+    for key in parts[0]:
+        columns = [part[key] for part in parts]
+        if columns[0].dim() > 1:
+            width = max(x.shape[1] for x in columns)
+            columns = [F.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1])) for x in columns]
+        joined[key] = torch.cat(columns)
+    return joined
+
+
+def length_parts(index: torch.Tensor, end: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """Split episodes (indices (n,)) into parts of similar length, each of at most so many tokens with padding."""
+    index = index[end[index].argsort(stable=True)]
+    parts, first, lengths = [], 0, end[index].tolist()
+    for i, length in enumerate(lengths):
+        if i > first and (i + 1 - first) * length > tokens:
+            parts.append(index[first:i])
+            first = i
+    return [*parts, index[first:]] if len(index) else []
+
+
+# ---- pure functions ----------------------------------------------------------------------------------
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of x where mask, as a scalar."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
+
+
+def whiten(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x - mean) / deviation over all of mask at once, 0 elsewhere; and that deviation."""
+    mean = masked_mean(x, mask)
+    deviation = (masked_mean((x - mean).square(), mask) + 1e-8).sqrt()
+    return torch.where(mask, (x - mean) / deviation, 0.0), deviation
+
+
+def k1(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Unbiased estimate of KL(p || q) from log p and log q of ids drawn from p (Schulman, Approximating KL)."""
+    return logp - other
+
+
+def k3(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The same with less variance and never negative: q/p - 1 - log(q/p)."""
+    d = (other - logp).clamp(-20, 20)
+    return torch.expm1(d) - d
+
+
+def exact_kl(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of whole distributions, log p and log q (…, V) → (…)."""
+    return (logp.exp() * (logp - other)).sum(-1)
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, lam: float, gamma: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimates and returns (advantage + value), all (N, T), 0 outside mask.
+
+    mask must be one stretch per row; after it the value is 0 (Schulman et al. 2016, eq. 16).
+    """
+    advantages = torch.zeros_like(rewards)
+    last, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        inside = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        last = torch.where(inside, delta + gamma * lam * last, last)
+        next_value = torch.where(inside, values[:, t], next_value)
+        advantages[:, t] = torch.where(inside, last, 0.0)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def group_advantages(returns: torch.Tensor, group_size: int, kind: str) -> torch.Tensor:
+    """Advantages (N,) of returns (N,), responses to one prompt lying together.
+
+    rloo: return minus the mean of the others' (Ahmadian et al. 2024); grpo: minus the mean of all, over their
+    deviation (Shao et al. 2024).
+    """
+    groups = returns.view(-1, group_size)
+    mean = groups.mean(1, keepdim=True)
+    if kind == "rloo":
+        return ((groups - mean) * group_size / (group_size - 1)).flatten()
+    return ((groups - mean) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def ppo_loss(
+    logp: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, clip: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(-A r, -A clip(r, 1 - clip, 1 + clip_high)) per token with r = exp(logp - old), and r.
+
+    Schulman et al. 2017, eq. 7; asymmetric as in DAPO (Yu et al. 2025). The log-ratio is held within +-20.
+    """
+    ratio = (logp - old).clamp(-20, 20).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip_high)), ratio
+
+
+def adapt(beta: float, kl: float, cfg: PPOConfig, episodes: int) -> float:
+    """beta after so many episodes with this mean KL (Ziegler et al. 2019, sec. 2.2)."""
+    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2) if cfg.kl_target else 0.0
+    return beta * (1 + error * episodes / cfg.kl_horizon)
+
+
+def best_of(scores: torch.Tensor, n: int) -> float:
+    """Expected best of n drawn without replacement from each row of scores (P, m), n <= m; mean over rows."""
+    m = scores.shape[1]
+    ranked = scores.double().sort(1).values.mean(0)
+    weights = torch.tensor([math.comb(i, n - 1) / math.comb(m, n) for i in range(m)], dtype=torch.float64)
+    return float(ranked @ weights)
+
+
+def tilted(scores: torch.Tensor, beta: float) -> tuple[float, float]:
+    """Reward and KL of the optimum π_ref e^{R/beta} / Z per prompt, from the reference's scores (P, m)."""
+    w = (scores.double() / beta).softmax(1)
+    kl = (w * (w * scores.shape[1]).clamp_min(1e-300).log()).sum(1)
+    return float((w * scores).sum(1).mean()), float(kl.mean())
+
+
+def optimum(scores: torch.Tensor, beta: float) -> float:
+    """J* = beta log E_ref[e^{R/beta}], the highest J there is, from the reference's scores (P, m); mean over P."""
+    if beta == 0:
+        return float(scores.max(1).values.mean())
+    return float(beta * ((scores.double() / beta).logsumexp(1) - math.log(scores.shape[1])).mean())
+
+
+# ---- critic ------------------------------------------------------------------------------------------
+
+
+class Critic(nn.Module):
+    """Expected return of each state: a small network over hidden states and the position, which they hardly tell.
+
+    Its last layer starts at zero, so that every value is 0 at first.
+    """
+
+    WAVES, HIDDEN = 16, 128
+
+    def __init__(self, args: ModelArgs, trunk: Transformer | None = None):
+        """trunk: a Transformer of the critic's own, in place of the features that forward is given."""
+        super().__init__()
+        self.trunk = trunk
+        # wavelengths from 16 tokens to twice the context
+        low, high = math.log(math.pi / args.max_seq_len), math.log(2 * math.pi / 16)
+        waves = torch.outer(torch.arange(args.max_seq_len), torch.linspace(low, high, self.WAVES).exp())
+        self.register_buffer("position", torch.cat([waves.sin(), waves.cos()], -1), persistent=False)
+        self.head = nn.Sequential(
+            nn.Linear(args.dim + 2 * self.WAVES, self.HIDDEN),
+            nn.SiLU(),
+            nn.Linear(self.HIDDEN, self.HIDDEN),
+            nn.SiLU(),
+            nn.Linear(self.HIDDEN, 1),
+        )
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """features (B, T, dim) of tokens (B, T) → values (B, T)."""
+        if self.trunk is not None:
+            features = self.trunk.features(tokens)
+        B, T, _ = features.shape
+        return self.head(torch.cat([features, self.position[:T].expand(B, T, -1)], -1))[..., 0]
+
+
+# ---- the run -----------------------------------------------------------------------------------------
+
+
+class PPO:
+    """A run's moving parts: policy, reference, critic, their optimizers, and where the run stands.
+
+    cfg has train.py's flags and runtime its device and ranks; prompts(iteration, count) gives training prompts, ids
+    with BOS first.
+    """
+
+    def __init__(
+        self,
+        ppo: PPOConfig,
+        cfg,
+        runtime,
+        checkpoint: dict,
+        tokenizer,
+        prompts: Callable[[int, int], list[list[int]]],
+        eval_prompts: list[list[int]],
+    ):
+        self.ppo, self.cfg, self.runtime, self.tokenizer = ppo, cfg, runtime, tokenizer
+        self.prompts, self.eval_prompts = prompts, eval_prompts
+        path = os.path.join(cfg.out_dir, "ckpt.pt")
+        # no dropout: the probability ratio would not be 1 at the start
+        self.reference = model_from_checkpoint(checkpoint, path, dropout=0.0).to(runtime.device).eval()
+        self.reference.requires_grad_(False)
+        self.policy = copy.deepcopy(self.reference)
+        self.args = self.policy.args
+        names = [n for n, _ in self.policy.named_parameters() if re.search(ppo.train_only, n)]
+        if not names:
+            raise SystemExit(
+                f"--train_only={ppo.train_only} matches no parameter, such as layers.0.attention.wq.weight"
+            )
+        for name, p in self.policy.named_parameters():
+            p.requires_grad_(name in names)
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+        decay = [
+            {"params": [p for p in self.trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+            {"params": [p for p in self.trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        how = {"betas": (cfg.beta1, cfg.beta2), "eps": ppo.adam_eps}
+        self.optimizer = torch.optim.AdamW([g for g in decay if g["params"]], lr=cfg.learning_rate, **how)
+        self.critic = None
+        if ppo.advantage == "gae":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(cfg.seed)
+                trunk = (
+                    copy.deepcopy(self.reference).requires_grad_(True) if ppo.critic == "separate" else None
+                )
+                self.critic = Critic(self.args, trunk).to(runtime.device)
+            self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=ppo.critic_lr, eps=1e-5)
+        self.scorer, self.moments = Scorer(ppo, tokenizer), RunningMoments()
+        self.first = self.iter_num = checkpoint.get("iter_num", 0)
+        # --max_iters is the last iteration, --ppo_iters how many there are
+        self.last = self.first + ppo.ppo_iters if ppo.ppo_iters else cfg.max_iters + 1
+        self.beta, self.episodes, self.seconds = ppo.init_kl_coef, 0, 0.0
+        self.evaluated, self.best, self.evaluation = False, -math.inf, {}
+        self.size = ppo.rollout_size or 8 * cfg.batch_size
+        if self.size % ppo.group_size:
+            raise SystemExit(f"--group_size={ppo.group_size} must divide the rollout's {self.size} episodes")
+        self.reference_hash = fingerprint(self.reference)
+
+    # -- collecting
+
+    def generator(self, *key: int) -> torch.Generator:
+        """Random numbers that depend on the seed and the key alone: there is no state to save."""
+        seed = self.cfg.seed
+        for number in key:
+            seed = (seed * 6364136223846793005 + 1442695040888963407 + number) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def collect(self, prompts: list[list[int]], u: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Roll out, score, and look up what learning needs, shared by all ranks; all of it on every rank."""
+        runtime = self.runtime
+        share = -(-len(prompts) // runtime.world_size)
+        first = min(runtime.rank * share, len(prompts))
+        prompts, u = prompts[first : first + share], u[first : first + share]
+        began = time.perf_counter()
+        rows = ROLLOUT_ROWS if runtime.kind == "cpu" else max(1, len(prompts))
+        chunks = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
+        cap, end_id = self.ppo.max_gen_len, self.tokenizer.bos_id
+        rollouts = runtime.map(lambda c: rollout(self.policy, prompts[c], cap, end_id, u[c]), chunks)
+        rollouts = [vars(r) | {"mask": r.mask, "scores": self.scores(r)} for r in rollouts]
+        batch = join(rollouts) if rollouts else {}
+        seconds = time.perf_counter() - began
+        if batch:
+            batch["reference"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
+            batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = self.compare(batch)
+        if runtime.world_size > 1:
+            batch = join([part for part in runtime.gather(batch) if part])
+        batch["seconds"] = torch.tensor(seconds)
+        return batch
+
+    def scores(self, r: Rollout) -> torch.Tensor:
+        return self.scorer(*r.texts(), r.ended.tolist()).to(r.tokens.device)
+
+    def parts(self, index: torch.Tensor, batch: dict) -> list[torch.Tensor]:
+        """Episodes in parts of similar length, as many tokens at a time as suit the device."""
+        return length_parts(index, batch["end"], CPU_PART_TOKENS if self.runtime.kind == "cpu" else 2**16)
+
+    def over_parts(self, batch: dict, function: Callable) -> torch.Tensor:
+        """function(tokens (B, W)) → (B, W, …) of all episodes, computed without padding to the longest: (N, T-1, …)."""
+
+        def run(index: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():  # in here: it belongs to the thread
+                return function(batch["tokens"][index, : int(batch["end"][index].max()) - 1])
+
+        out, (N, T) = None, batch["tokens"].shape
+        parts = self.parts(torch.arange(N, device=batch["end"].device), batch)
+        for index, values in zip(parts, self.runtime.map(run, parts), strict=True):
+            if out is None:
+                out = values.new_zeros(N, T - 1, *values.shape[2:])
+            out[index, : values.shape[1]] = values
+        return out
+
+    def compare(self, batch: dict) -> tuple[torch.Tensor, ...]:
+        """Per token: exact KL to the reference, k1, the policy's entropy, log-probability under the reference."""
+        where = batch["mask"].nonzero()
+        chosen = batch["tokens"][:, 1:]
+
+        def run(at: torch.Tensor) -> torch.Tensor:
+            at = at.unbind(1)
+            with torch.no_grad():
+                logp = self.policy.output(batch["features"][at]).float().log_softmax(-1)
+                other = self.reference.output(batch["reference"][at]).float().log_softmax(-1)
+                reference_logp = other.gather(-1, chosen[at][:, None])[:, 0]
+                kl = exact_kl(logp, other)
+                return torch.stack(
+                    [kl, batch["logp"][at] - reference_logp, -(logp.exp() * logp).sum(-1), reference_logp]
+                )
+
+        parts = where.split(8192)
+        columns = batch["logp"].new_zeros(4, *batch["mask"].shape)
+        for at, values in zip(parts, self.runtime.map(run, parts), strict=True):
+            columns[:, at[:, 0], at[:, 1]] = values
+        return tuple(columns)
+
+    # -- learning
+
+    def rewards(self, batch: dict) -> torch.Tensor:
+        """(N, T-1): the price of each token's KL, and the score at the last one."""
+        total = batch["scores"].sum(1)
+        if self.ppo.reward_norm:
+            self.moments.update(total)
+            total = self.moments.normalise(total)
+        if self.ppo.reward_clip:
+            total = total.clamp(-self.ppo.reward_clip, self.ppo.reward_clip)
+        total = total - self.ppo.missing_eos_penalty * ~batch["ended"]
+        if self.ppo.kl_penalty == "k1":
+            rewards = -self.beta * batch["k1"]
+        else:  # a choice answers for the KL of the states it leads to; that of its own is differentiated
+            rewards = -self.beta * F.pad(batch["kl"][:, 1:], (0, 1))
+        rewards = torch.where(batch["mask"], rewards, 0.0)
+        rewards[torch.arange(len(total)), batch["end"] - 2] += total
+        return rewards
+
+    def values(self, batch: dict) -> torch.Tensor:
+        """(N, T-1) by the critic as it is."""
+        if self.ppo.critic == "separate":
+            return self.over_parts(batch, lambda ids: self.critic(None, ids)) * batch["mask"]
+        features = batch["features" if self.ppo.critic == "shared" else "reference"]
+        with torch.no_grad():
+            return self.critic(features, batch["tokens"][:, :-1]) * batch["mask"]
+
+    def fit_critic(self, batch: dict, returns: torch.Tensor, epochs: int, key: int) -> None:
+        """Regress the critic (of a shared trunk the head alone) on returns, mean squared error."""
+        params = list(self.critic.parameters())
+        features = batch["features" if self.ppo.critic == "shared" else "reference"]
+        generator = self.generator(2, key)
+        for _ in range(epochs):
+            for index in torch.randperm(len(returns), generator=generator).split(self.cfg.batch_size):
+                index = index.to(returns.device)
+                count = batch["mask"][index].sum()
+
+                def loss(part: torch.Tensor, count=count) -> tuple[torch.Tensor, torch.Tensor]:
+                    width = int(batch["end"][part].max()) - 1
+                    value = self.critic(features[part, :width], batch["tokens"][part, :width])
+                    error = (value - returns[part, :width]).square()
+                    total = torch.where(batch["mask"][part, :width], error, 0.0).sum() / count
+                    return total, total.detach()
+
+                self.step([self.critic_optimizer], params, loss, index, batch)
+
+    def step(
+        self, optimizers: list, params: list, loss: Callable, index: torch.Tensor, batch: dict, limit=0.0
+    ):
+        """One optimizer step on episodes, shared by all ranks. loss(part) → (scalar, statistics to add up).
+
+        Returns the statistics; where the first of them exceeds limit (0: none), the step is not made.
+        """
+        mine = length_parts(index, batch["end"], 1)  # sorted by length, one by one, dealt out to the ranks
+        mine = torch.cat(mine)[self.runtime.rank :: self.runtime.world_size]
+        stats = self.runtime.backward(loss, self.parts(mine, batch), params)
+        stats = self.runtime.reduce(params, stats)
+        self.grad_norm = nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
+        for optimizer in optimizers:
+            if not (limit and float(stats.flatten()[0]) > limit):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return stats
+
+    def advantages(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whitened advantages (N, T-1), and the deviation they were divided by. The critic learns on the way."""
+        ppo, mask, rewards = self.ppo, batch["mask"], self.rewards(batch)
+        if ppo.advantage != "gae":
+            advantages = group_advantages(rewards.sum(1), ppo.group_size, ppo.advantage)
+            return whiten(advantages[:, None].expand_as(rewards), mask)
+        if self.iter_num == self.first and ppo.critic_warmup:
+            returns = gae(rewards, torch.zeros_like(rewards), mask, 1.0)[1]
+            self.fit_critic(batch, returns, ppo.critic_warmup, self.iter_num)
+        values = self.values(batch)
+        advantages, _ = gae(rewards, values, mask, ppo.lam)
+        _, returns = gae(rewards, values, mask, 1.0)  # unbiased targets, whatever the critic thinks so far
+        batch["returns"], batch["values"] = returns, values
+        return whiten(advantages, mask)
+
+    def improve(self, batch: dict, advantages: torch.Tensor, scale: torch.Tensor) -> dict[str, float]:
+        """The policy's passes over the rollout, each minibatch one step; returns statistics."""
+        ppo, cfg = self.ppo, self.cfg
+        shared = ppo.critic == "shared" and self.critic is not None
+        params = self.trained + (list(self.critic.parameters()) if shared else [])
+        optimizers = [self.optimizer] + ([self.critic_optimizer] if shared else [])
+        size = cfg.batch_size * cfg.gradient_accumulation_steps
+        generator, logged = self.generator(3, self.iter_num), []
+        for epoch in range(ppo.ppo_epochs):
+            for index in torch.randperm(len(advantages), generator=generator).split(size):
+                index = index.to(advantages.device)
+                count = batch["mask"][index].sum()  # the mean is over the tokens of the whole step
+
+                def loss(part: torch.Tensor, count=count) -> tuple[torch.Tensor, torch.Tensor]:
+                    total, stats = self.loss(batch, advantages, scale, part, shared)
+                    return total / count, stats / count
+
+                stats = self.step(optimizers, params, loss, index, batch, ppo.target_kl)
+                if ppo.target_kl and float(stats[0]) > ppo.target_kl:
+                    return self.summary(logged, stopped=True)
+                logged.append(torch.cat([stats.cpu(), self.grad_norm.cpu()[None]]))
+        return self.summary(logged, stopped=False)
+
+    def loss(
+        self, batch: dict, advantages, scale, part: torch.Tensor, shared: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum over the response tokens of some episodes of what is to become small; and sums of statistics.
+
+        scale is what the advantages were divided by: the other terms have to be, too.
+        """
+        ppo, width = self.ppo, int(batch["end"][part].max()) - 1
+        inside = batch["mask"][part, :width]
+        features = self.policy.features(batch["tokens"][part, :width])
+        logps = self.policy.output(features[inside]).float().log_softmax(-1)  # (n, V)
+        chosen = batch["tokens"][part, 1 : width + 1][inside]
+        logp, old = logps.gather(-1, chosen[:, None])[:, 0], batch["logp"][part, :width][inside]
+        losses, ratio = ppo_loss(logp, old, advantages[part, :width][inside], ppo.clip, ppo.clip_high)
+        entropy = -(logps.exp() * logps).sum(-1)
+        total = losses.sum() - ppo.ent_coef / scale * entropy.sum()
+        if ppo.kl_penalty == "exact":
+            with torch.no_grad():
+                reference = (
+                    self.reference.output(batch["reference"][part, :width][inside]).float().log_softmax(-1)
+                )
+            total = total + self.beta / scale * exact_kl(logps, reference).sum()
+        value_loss = torch.zeros(())
+        if shared:
+            values = self.critic(features, batch["tokens"][part, :width])[inside]
+            value_loss = (values - batch["returns"][part, :width][inside]).square().sum()
+            total = total + ppo.vf_coef * value_loss
+        with torch.no_grad():
+            clipped = (ratio < 1 - ppo.clip) | (ratio > 1 + ppo.clip_high)
+            stats = [
+                k3(old, logp).sum(),
+                losses.sum(),
+                clipped.sum(),
+                (ratio - 1).abs().max() * len(ratio),
+                value_loss,
+            ]
+        return total, torch.stack([x.detach().double().to(total.device) for x in stats])
+
+    def summary(self, logged: list[torch.Tensor], stopped: bool) -> dict[str, float]:
+        """Means over the steps made, under their stable names."""
+        names = ["policy_kl", "loss/policy", "clip_fraction", "ratio_deviation", "loss/value", "grad_norm"]
+        means = torch.stack(logged).mean(0).tolist() if logged else [0.0] * len(names)
+        steps = {"steps": len(logged), "stopped_early": float(stopped)}
+        return {f"ppo/{name}": value for name, value in zip(names, means, strict=True)} | {
+            f"ppo/{name}": value for name, value in steps.items()
+        }
+
+    def learning_rate(self) -> float:
+        """Of this iteration: linear from learning_rate to min_lr with --decay_lr, else constant."""
+        if not self.cfg.decay_lr:
+            return self.cfg.learning_rate
+        left = 1 - (self.iter_num - self.first) / max(self.last - self.first, 1)
+        return self.cfg.min_lr + left * (self.cfg.learning_rate - self.cfg.min_lr)
+
+    def iteration(self) -> dict[str, float]:
+        """Roll out, learn, count; returns what is to be logged."""
+        began, ppo = time.perf_counter(), self.ppo
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        prompts = self.prompts(self.iter_num, self.size // ppo.group_size)
+        prompts = [prompt for prompt in prompts for _ in range(ppo.group_size)]
+        u = torch.rand(self.size, ppo.max_gen_len, generator=self.generator(1, self.iter_num))
+        batch = self.collect(prompts, u)
+        values = self.describe(batch) | {"ppo/beta": self.beta, "lr": self.learning_rate()}
+        advantages, scale = self.advantages(batch)
+        if self.critic is not None:
+            mask, returns = batch["mask"], batch["returns"]
+            left = (returns - batch["values"])[mask].var() / returns[mask].var()
+            values |= {
+                "ppo/explained_variance": 1 - float(left),
+                "ppo/value": float(batch["values"][mask].mean()),
+            }
+            if self.ppo.critic != "shared" and (self.iter_num > self.first or not ppo.critic_warmup):
+                self.fit_critic(batch, returns, ppo.critic_epochs, self.iter_num)
+        values |= {"ppo/advantage_deviation": float(scale)} | self.improve(batch, advantages, scale)
+        if ppo.adaptive_kl:
+            self.beta = adapt(self.beta, values["ppo/kl"], ppo, self.size)
+        self.iter_num, self.episodes, self.evaluated = self.iter_num + 1, self.episodes + self.size, False
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        tokens = int(batch["mask"].sum())
+        values |= {
+            "ppo/episodes": self.episodes,
+            "ppo/seconds": self.seconds,
+            "ppo/iteration_seconds": seconds,
+            "ppo/rollout_seconds": float(batch["seconds"]),
+        }
+        return values | {"ppo/tok/s": tokens / seconds, "ppo/rollout_tok/s": tokens / float(batch["seconds"])}
+
+    def describe(self, batch: dict) -> dict[str, float]:
+        """What a rollout is like: reward and its parts, KL, J, lengths, entropy."""
+        mask, total, length = batch["mask"], batch["scores"].sum(1), batch["end"].float()
+        kl = batch["kl"].sum(1)
+        values = {
+            "reward": total.mean(),
+            "kl": kl.mean(),
+            "kl_k1": batch["k1"].sum(1).mean(),
+            "kl_k3": (k3(batch["logp"], batch["reference_logp"]) * mask).sum(1).mean(),
+            "J": (total - self.beta * kl).mean(),
+            "entropy": masked_mean(batch["entropy"], mask),
+            "length": length.mean(),
+            "length_deviation": length.std(correction=0),
+            "ended": batch["ended"].float().mean(),
+        }
+        for (name, *_), column in zip(self.scorer.parts, batch["scores"].unbind(1), strict=True):
+            values[f"reward/{name}"] = column.mean()
+            if name == "length":
+                values["mae"] = (length - self.ppo.target_len).abs().mean()
+        return {f"ppo/{name}": float(value) for name, value in values.items()}
+
+    # -- evaluation
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out prompts, always with the same random numbers: what describe tells, and the text's quality."""
+        samples = self.ppo.eval_samples
+        prompts = [prompt for prompt in self.eval_prompts for _ in range(samples)]
+        u = torch.rand(len(prompts), self.ppo.max_gen_len, generator=torch.Generator().manual_seed(EVAL_SEED))
+        batch = self.collect(prompts, u)
+        values = self.describe(batch)
+        pairs = torch.stack([batch["tokens"][:, :-2], batch["tokens"][:, 1:-1]], -1)[batch["mask"][:, :-1]]
+        values["ppo/distinct_2"] = len(pairs.unique(dim=0)) / max(len(pairs), 1)
+        nats = -masked_mean(batch["reference_logp"], batch["mask"])
+        values["ppo/reference_perplexity"] = math.exp(min(float(nats), 700))
+        record = {"scores": batch["scores"].sum(1).view(-1, samples).cpu(), "lengths": batch["end"].cpu()}
+        if self.iter_num == self.first:
+            self.evaluation["before"] = record
+        self.evaluation["after"] = record
+        best = optimum(self.evaluation["before"]["scores"].view(1, -1), self.beta)
+        self.stories = batch["tokens"][:3], batch["start"][:3], batch["end"][:3], batch["scores"][:3].sum(1)
+        values |= {"ppo/J_optimum": best, "ppo/regret": best - values["ppo/J"]}
+        return {name.replace("ppo/", "ppo/eval/", 1): value for name, value in values.items()}
+
+    # -- state
+
+    def state(self) -> dict:
+        return {
+            "model": self.policy.state_dict(),
+            "model_args": asdict(self.args),
+            "optimizer": self.optimizer.state_dict(),
+            "critic": self.critic.state_dict() if self.critic else None,
+            "critic_optimizer": self.critic_optimizer.state_dict() if self.critic else None,
+            "iter_num": self.iter_num,
+            "first_iter": self.first,
+            "beta": self.beta,
+            "moments": vars(self.moments),
+            "episodes": self.episodes,
+            "seconds": self.seconds,
+            "best_J": self.best,
+            "evaluation": self.evaluation,
+            "evaluated": self.evaluated,
+            "reference_sha256": self.reference_hash,
+            "config": asdict(self.cfg) | asdict(self.ppo) | {"tokenizer_sha256": self.tokenizer.sha256},
+        }
+
+    def resume(self, state: dict, path: str) -> None:
+        """Go on exactly where state was saved. Raises SystemExit if it is not of this reference and shape."""
+        if state.get("reference_sha256") != self.reference_hash:
+            raise SystemExit(
+                f"{path} was trained from other weights than {self.cfg.out_dir}/ckpt.pt holds; put those back, "
+                f"or move {path} away to begin anew"
+            )
+        try:
+            self.policy.load_state_dict(state["model"])
+            load_moments(self.optimizer, state["optimizer"])
+            if self.critic:
+                self.critic.load_state_dict(state["critic"] or {})
+                load_moments(self.critic_optimizer, state["critic_optimizer"])
+        except (RuntimeError, ValueError, KeyError) as e:
+            raise SystemExit(
+                f"{path} does not fit these flags ({' '.join(str(e).split())[:100]}): --advantage, --critic and "
+                f"--train_only cannot change during a run; move {path} away to begin anew"
+            ) from None
+        self.iter_num, self.first, self.best = state["iter_num"], state["first_iter"], state["best_J"]
+        if self.ppo.adaptive_kl:
+            self.beta = state["beta"]
+        self.moments = RunningMoments(**state["moments"])
+        self.episodes, self.seconds = state["episodes"], state["seconds"]
+        self.evaluation, self.evaluated = state["evaluation"], state["evaluated"]
+
+    def save(self, write_model: Callable[[str, Transformer], None], best: bool) -> None:
+        """Write ppo_ckpt.pt, the newest state; before it, if best, ppo_best.pt and ppo_model.bin. Rank 0 only."""
+        folder, state = self.cfg.out_dir, self.state()
+        try:
+            if best or not os.path.exists(os.path.join(folder, "ppo_model.bin")):
+                write_model(os.path.join(folder, "ppo_model.bin"), self.policy)
+                weights = {k: state[k] for k in ("model", "model_args", "iter_num", "config", "best_J")}
+                save_checkpoint(os.path.join(folder, "ppo_best.pt"), weights)
+            save_checkpoint(os.path.join(folder, "ppo_ckpt.pt"), state)
+        except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
+            raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Take over the moments; learning rates and the like come from the flags. Raises ValueError if they don't fit."""
+    ours = optimizer.state_dict()
+    if [g["params"] for g in ours["param_groups"]] != [g["params"] for g in saved["param_groups"]]:
+        raise ValueError("the optimizer's state is of other parameters")
+    optimizer.load_state_dict(ours | {"state": saved["state"]})
+
+
+def fingerprint(model: Transformer) -> str:
+    """sha256 of all weights."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def show_stories(run: PPO) -> None:
+    """A table of the first held-out prompts, their stories and rewards."""
+    tokens, start, end, scores = run.stories
+    for row, first, last, score in zip(
+        tokens.tolist(), start.tolist(), end.tolist(), scores.tolist(), strict=True
+    ):
+        prompt, story = run.tokenizer.decode(row[:first]), run.tokenizer.decode(row[first:last])
+        story = " ".join(story.split())
+        if len(story) > 160:
+            story = story[:80] + " … " + story[-78:]
+        print(f"  {' '.join(prompt.split())!r} → {story!r} → {last} tokens, reward {score:.3f}")
+
+
+def progress(run: PPO, values: dict[str, float]) -> str:
+    """One line about an iteration."""
+    v = {name.removeprefix("ppo/"): value for name, value in values.items()}
+    parts = [f"{name.removeprefix('reward/')} {v[name]:.3f}" for name in v if name.startswith("reward/")]
+    parts = f" ({', '.join(parts)})" if len(parts) > 1 else f", MAE {v['mae']:.1f}" if "mae" in v else ""
+    left = (run.last - run.iter_num) * v["iteration_seconds"]
+    eta = f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+    stop = ", stopped early" * bool(v["stopped_early"])
+    return (
+        f"{run.iter_num} | reward {v['reward']:.3f}{parts} | J {v['J']:.3f} | KL {v['kl']:.2f} | entropy "
+        f"{v['entropy']:.2f} | clipped {100 * v['clip_fraction']:.1f}% | length {v['length']:.1f} ± "
+        f"{v['length_deviation']:.1f}, {100 * v['ended']:.0f}% ended | {v['tok/s']:,.0f} tok/s, "
+        f"{v['iteration_seconds']:.1f} s{stop} | {eta} left"
+    )
+
+
+def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transformer], None]) -> None:
+    """The loop: evaluate and save when due, stop when asked or done, else iterate. metrics on rank 0 only."""
+    cfg, runtime = run.cfg, run.runtime
+    while True:
+        due = (run.iter_num - run.first) % cfg.eval_interval == 0 or run.iter_num >= run.last or cfg.eval_only
+        if due and (not run.evaluated or cfg.eval_only):
+            values = run.evaluate()
+            best = values["ppo/eval/J"] > run.best and run.iter_num > run.first
+            run.evaluated = True
+            if best:
+                run.best = values["ppo/eval/J"]
+            if metrics:
+                v = {name.removeprefix("ppo/eval/"): value for name, value in values.items()}
+                mae = f", MAE {v['mae']:.2f}" if "mae" in v else ""
+                print(
+                    f"held out after {run.iter_num - run.first} iterations: J {v['J']:.3f} (optimum about "
+                    f"{v['J_optimum']:.2f}), reward {v['reward']:.3f}{mae}, KL {v['kl']:.2f}, length {v['length']:.1f} "
+                    f"± {v['length_deviation']:.1f}, {100 * v['ended']:.1f}% ended, perplexity under the reference "
+                    f"{v['reference_perplexity']:.2f}, distinct-2 {v['distinct_2']:.3f}"
+                    + " (best so far)"
+                    * best
+                )
+                show_stories(run)
+                metrics.log(run.iter_num, values)
+                if not cfg.eval_only and run.iter_num > run.first:
+                    run.save(write_model, best or cfg.always_save_checkpoint)
+        (asked,) = runtime.total(interrupt.asked)
+        if run.iter_num >= run.last or asked or cfg.eval_only:
+            break
+        values = run.iteration()
+        if metrics:
+            print(progress(run, values), flush=True)
+            metrics.log(run.iter_num, values)
+    if asked and run.iter_num < run.last and metrics and not cfg.eval_only:
+        run.save(write_model, best=False)
+        again = shlex.join(["python", *sys.argv])
+        print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
