@@ -416,11 +416,11 @@ def decode(
 ) -> list[list[int]]:
     """Continue prompts (ids, of any lengths >= 1) by what choose picks; returns the new ids.
 
-    choose(rows, features) gets the indices of the prompts still in the batch, (B,) on the CPU, and their last hidden
-    states, (B, dim), and returns an id for each, (B,). A row ends with the first id of stop_ids (kept in the
-    result), after max_new_tokens, or when prompt and new ids fill max_seq_len; rows that have ended are dropped
-    from the batch now and then, and until then what they are given is ignored. Raises ValueError for an empty
-    prompt or one longer than max_seq_len.
+    choose(rows, features) gets the indices of the prompts still in the batch, (B,) on the CPU, and their
+    last hidden states, (B, dim), and returns an id for each, (B,). A row ends with the first id of stop_ids
+    (kept in the result), after max_new_tokens, or when prompt and new ids fill max_seq_len; rows that have
+    ended are dropped from the batch now and then, and what they are given until then is ignored. Raises
+    ValueError for an empty prompt or one longer than max_seq_len.
     """
     device, limit = model.rope_cos.device, model.args.max_seq_len
     for prompt in prompts:

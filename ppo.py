@@ -3,15 +3,16 @@
     python train.py --out_dir=stories260K --init_from=resume --ppo        # all flags: python train.py --help
     python ppo.py report stories260K                                      # pictures of what it did
 
-An iteration rolls out responses to prompts, scores them, estimates advantages, and takes a few clipped policy-gradient
-steps (Schulman et al. 2017; for language models Ziegler et al. 2019, Stiennon et al. 2020). It maximises
-J = E[reward] - beta * KL(policy || reference), the KL summed over a response's tokens.
+An iteration rolls out responses to prompts, scores them, estimates advantages, and takes a few clipped
+policy-gradient steps (Schulman et al. 2017; for language models Ziegler et al. 2019, Stiennon et al. 2020).
+It maximises J = E[reward] - beta * KL(policy || reference), the KL summed over a response's tokens.
 Not for: training reward models, dialogue of several turns, rewards in the middle of a response.
 """
 
 import copy
 import hashlib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -29,6 +30,7 @@ from model import (
     ModelArgs,
     Transformer,
     decode,
+    load_checkpoint,
     model_from_checkpoint,
     opt,
     sample,
@@ -37,6 +39,7 @@ from model import (
 
 ROLLOUT_ROWS = 200  # episodes decoded together on a CPU core
 CPU_PART_TOKENS = 1024  # tokens that a CPU core learns from at a time: they stay in its caches
+REPLAYED = ("tokens", "start", "end", "mask", "returns")  # what a checkpoint keeps of the critic's rollouts
 EVAL_SEED = 2**40  # of the random numbers of held-out responses, the same at every evaluation
 
 # ---- configuration -----------------------------------------------------------------------------------
@@ -90,9 +93,10 @@ class PPOConfig:
         "policy's (shared)",
         choices=("reference", "separate", "shared"),
     )
-    critic_lr: float = opt(1e-3, "the critic's learning rate")
-    critic_epochs: int = opt(4, "passes of the critic over each rollout")
-    critic_warmup: int = opt(20, "passes of the critic over the first rollout, before the policy moves")
+    critic_lr: float = opt(3e-3, "the critic's learning rate; falls to 0 in every fit")
+    critic_epochs: int = opt(5, "passes of the critic over the latest rollouts")
+    critic_replay: int = opt(1600, "how many episodes of the latest rollouts it learns from")
+    critic_warmup: int = opt(30, "its passes over the first rollout, which moves only the critic; 0: no such")
     vf_coef: float = opt(0.1, "weight of the value loss in a shared trunk")
     # updates
     ppo_epochs: int = opt(2, "passes of the policy over each rollout")
@@ -136,7 +140,7 @@ class PPOConfig:
 
 # ---- rewards -----------------------------------------------------------------------------------------
 
-# prompts, stories (prompt and response), their token ids (end token included), and whether each ended by itself
+# prompts, stories (prompt and response), their token ids (end token included), whether each ended by itself
 Reward = Callable[[list[str], list[str], list[list[int]], list[bool]], Sequence[float]]
 
 
@@ -290,7 +294,7 @@ def rollout(
 ) -> Rollout:
     """Let the policy continue prompts at temperature 1 over the whole vocabulary.
 
-    u (N, max_new_tokens), uniform in [0, 1), makes the choices: row n's text depends on prompt n and u[n] alone.
+    u (N, max_new_tokens), uniform in [0, 1), makes the choices: row n's text depends on prompt n and u[n].
     """
     steps = []  # (rows, logp, features) of each step
 
@@ -324,7 +328,7 @@ def rollout(
 
 
 def join(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Concatenate episodes (dicts of tensors, N first) whose per-token tensors are padded to different lengths."""
+    """Concatenate episodes (dicts of tensors, N first) that are padded to different lengths."""
     joined = {}
     for key in parts[0]:
         columns = [part[key] for part in parts]
@@ -336,7 +340,7 @@ def join(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def length_parts(index: torch.Tensor, end: torch.Tensor, tokens: int) -> list[torch.Tensor]:
-    """Split episodes (indices (n,)) into parts of similar length, each of at most so many tokens with padding."""
+    """Split episodes (indices (n,)) into parts of similar length, of at most so many tokens with padding."""
     index = index[end[index].argsort(stable=True)]
     parts, first, lengths = [], 0, end[index].tolist()
     for i, length in enumerate(lengths):
@@ -362,7 +366,7 @@ def whiten(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def k1(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Unbiased estimate of KL(p || q) from log p and log q of ids drawn from p (Schulman, Approximating KL)."""
+    """Unbiased estimate of KL(p || q) from log p and log q of ids drawn from p (Schulman 2020)."""
     return logp - other
 
 
@@ -441,7 +445,7 @@ def tilted(scores: torch.Tensor, beta: float) -> tuple[float, float]:
 
 
 def optimum(scores: torch.Tensor, beta: float) -> float:
-    """J* = beta log E_ref[e^{R/beta}], the highest J there is, from the reference's scores (P, m); mean over P."""
+    """J* = beta log E_ref[e^{R/beta}], the highest J there is, from the reference's scores (P, m)."""
     if beta == 0:
         return float(scores.max(1).values.mean())
     return float(beta * ((scores.double() / beta).logsumexp(1) - math.log(scores.shape[1])).mean())
@@ -451,7 +455,7 @@ def optimum(scores: torch.Tensor, beta: float) -> float:
 
 
 class Critic(nn.Module):
-    """Expected return of each state: a small network over hidden states and the position, which they hardly tell.
+    """Expected return of each state, from its features and the position, which features hardly tell.
 
     Its last layer starts at zero, so that every value is 0 at first.
     """
@@ -490,8 +494,8 @@ class Critic(nn.Module):
 class PPO:
     """A run's moving parts: policy, reference, critic, their optimizers, and where the run stands.
 
-    cfg has train.py's flags and runtime its device and ranks; prompts(iteration, count) gives training prompts, ids
-    with BOS first.
+    cfg has train.py's flags and runtime its device and ranks; prompts(iteration, count) gives training
+    prompts, ids with BOS first.
     """
 
     def __init__(
@@ -520,13 +524,7 @@ class PPO:
         for name, p in self.policy.named_parameters():
             p.requires_grad_(name in names)
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
-        decay = [
-            {"params": [p for p in self.trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-            {"params": [p for p in self.trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        how = {"betas": (cfg.beta1, cfg.beta2), "eps": ppo.adam_eps}
-        self.optimizer = torch.optim.AdamW([g for g in decay if g["params"]], lr=cfg.learning_rate, **how)
-        self.critic = None
+        self.critic, self.replay = None, []
         if ppo.advantage == "gae":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.seed)
@@ -534,7 +532,15 @@ class PPO:
                     copy.deepcopy(self.reference).requires_grad_(True) if ppo.critic == "separate" else None
                 )
                 self.critic = Critic(self.args, trunk).to(runtime.device)
-            self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=ppo.critic_lr, eps=1e-5)
+        self.shared = self.critic is not None and ppo.critic == "shared"
+        groups = [
+            {"params": [p for p in self.trained if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+            {"params": [p for p in self.trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        if self.shared:  # its head learns along with the policy
+            groups.append({"params": list(self.critic.parameters()), "weight_decay": 0.0, "critic": True})
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=ppo.adam_eps)
         self.scorer, self.moments = Scorer(ppo, tokenizer), RunningMoments()
         self.first = self.iter_num = checkpoint.get("iter_num", 0)
         # --max_iters is the last iteration, --ppo_iters how many there are
@@ -586,7 +592,7 @@ class PPO:
         return length_parts(index, batch["end"], CPU_PART_TOKENS if self.runtime.kind == "cpu" else 2**16)
 
     def over_parts(self, batch: dict, function: Callable) -> torch.Tensor:
-        """function(tokens (B, W)) → (B, W, …) of all episodes, computed without padding to the longest: (N, T-1, …)."""
+        """function(tokens (B, W)) → (B, W, …) of all episodes in parts without much padding; (N, T-1, …)."""
 
         def run(index: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():  # in here: it belongs to the thread
@@ -601,7 +607,7 @@ class PPO:
         return out
 
     def compare(self, batch: dict) -> tuple[torch.Tensor, ...]:
-        """Per token: exact KL to the reference, k1, the policy's entropy, log-probability under the reference."""
+        """Per token: exact KL to the reference, k1, entropy, log-probability under the reference."""
         where = batch["mask"].nonzero()
         chosen = batch["tokens"][:, 1:]
 
@@ -649,28 +655,49 @@ class PPO:
         with torch.no_grad():
             return self.critic(features, batch["tokens"][:, :-1]) * batch["mask"]
 
-    def fit_critic(self, batch: dict, returns: torch.Tensor, epochs: int, key: int) -> None:
-        """Regress the critic (of a shared trunk the head alone) on returns, mean squared error."""
+    def fit_critic(self, epochs: int) -> None:
+        """Regress the critic (of a shared trunk the head alone) on the returns of the latest rollouts.
+
+        The learning rate falls to 0 each time: a critic that still jitters makes noise of the advantages.
+        """
         params = list(self.critic.parameters())
-        features = batch["features" if self.ppo.critic == "shared" else "reference"]
-        generator = self.generator(2, key)
-        for _ in range(epochs):
-            for index in torch.randperm(len(returns), generator=generator).split(self.cfg.batch_size):
-                index = index.to(returns.device)
+        optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), eps=1e-5)
+        generator, size = self.generator(2, self.iter_num), max(1, self.cfg.batch_size // 2)
+        for epoch in range(epochs):
+            jobs = [
+                (batch, index)
+                for batch in self.replay
+                for index in torch.randperm(len(batch["end"]), generator=generator).split(size)
+            ]
+            for i, job in enumerate(torch.randperm(len(jobs), generator=generator).tolist()):
+                batch, index = jobs[job]
+                for group in optimizer.param_groups:
+                    group["lr"] = self.ppo.critic_lr * (1 - (epoch + i / len(jobs)) / epochs)
                 count = batch["mask"][index].sum()
 
-                def loss(part: torch.Tensor, count=count) -> tuple[torch.Tensor, torch.Tensor]:
+                def loss(part: torch.Tensor, batch=batch, count=count) -> tuple[torch.Tensor, torch.Tensor]:
                     width = int(batch["end"][part].max()) - 1
-                    value = self.critic(features[part, :width], batch["tokens"][part, :width])
-                    error = (value - returns[part, :width]).square()
+                    features = None if self.critic.trunk else batch["critic_features"][part, :width]
+                    value = self.critic(features, batch["tokens"][part, :width])
+                    error = (value - batch["returns"][part, :width]).square()
                     total = torch.where(batch["mask"][part, :width], error, 0.0).sum() / count
                     return total, total.detach()
 
-                self.step([self.critic_optimizer], params, loss, index, batch)
+                self.step(optimizer, params, loss, index.to(count.device), batch)
+
+    def remember(self, batch: dict) -> None:
+        """Keep a rollout for the critic, and drop what is more than critic_replay episodes old."""
+        features = batch["features" if self.shared else "reference"]
+        kept = {key: batch[key] for key in REPLAYED}
+        self.replay.append(kept | {"critic_features": features})
+        while len(self.replay) > 1 and (
+            self.shared or sum(len(b["end"]) for b in self.replay[1:]) >= self.ppo.critic_replay
+        ):
+            del self.replay[0]
 
     def step(
-        self, optimizers: list, params: list, loss: Callable, index: torch.Tensor, batch: dict, limit=0.0
-    ):
+        self, optimizer, params: list, loss: Callable, index: torch.Tensor, batch: dict, limit: float = 0.0
+    ) -> torch.Tensor:
         """One optimizer step on episodes, shared by all ranks. loss(part) → (scalar, statistics to add up).
 
         Returns the statistics; where the first of them exceeds limit (0: none), the step is not made.
@@ -680,53 +707,47 @@ class PPO:
         stats = self.runtime.backward(loss, self.parts(mine, batch), params)
         stats = self.runtime.reduce(params, stats)
         self.grad_norm = nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
-        for optimizer in optimizers:
-            if not (limit and float(stats.flatten()[0]) > limit):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        if not (limit and float(stats.flatten()[0]) > limit):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return stats
 
     def advantages(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whitened advantages (N, T-1), and the deviation they were divided by. The critic learns on the way."""
+        """Whitened advantages (N, T-1), and the deviation they were divided by."""
         ppo, mask, rewards = self.ppo, batch["mask"], self.rewards(batch)
         if ppo.advantage != "gae":
             advantages = group_advantages(rewards.sum(1), ppo.group_size, ppo.advantage)
             return whiten(advantages[:, None].expand_as(rewards), mask)
-        if self.iter_num == self.first and ppo.critic_warmup:
-            returns = gae(rewards, torch.zeros_like(rewards), mask, 1.0)[1]
-            self.fit_critic(batch, returns, ppo.critic_warmup, self.iter_num)
         values = self.values(batch)
         advantages, _ = gae(rewards, values, mask, ppo.lam)
-        _, returns = gae(rewards, values, mask, 1.0)  # unbiased targets, whatever the critic thinks so far
-        batch["returns"], batch["values"] = returns, values
+        # targets without bias, whatever the critic thinks so far
+        batch["returns"] = gae(rewards, torch.zeros_like(rewards), mask, 1.0)[1]
+        batch["values"] = values
+        self.remember(batch)
         return whiten(advantages, mask)
 
     def improve(self, batch: dict, advantages: torch.Tensor, scale: torch.Tensor) -> dict[str, float]:
         """The policy's passes over the rollout, each minibatch one step; returns statistics."""
         ppo, cfg = self.ppo, self.cfg
-        shared = ppo.critic == "shared" and self.critic is not None
-        params = self.trained + (list(self.critic.parameters()) if shared else [])
-        optimizers = [self.optimizer] + ([self.critic_optimizer] if shared else [])
+        params = self.trained + (list(self.critic.parameters()) if self.shared else [])
         size = cfg.batch_size * cfg.gradient_accumulation_steps
         generator, logged = self.generator(3, self.iter_num), []
-        for epoch in range(ppo.ppo_epochs):
+        for _ in range(ppo.ppo_epochs):
             for index in torch.randperm(len(advantages), generator=generator).split(size):
                 index = index.to(advantages.device)
                 count = batch["mask"][index].sum()  # the mean is over the tokens of the whole step
 
                 def loss(part: torch.Tensor, count=count) -> tuple[torch.Tensor, torch.Tensor]:
-                    total, stats = self.loss(batch, advantages, scale, part, shared)
+                    total, stats = self.loss(batch, advantages, scale, part)
                     return total / count, stats / count
 
-                stats = self.step(optimizers, params, loss, index, batch, ppo.target_kl)
+                stats = self.step(self.optimizer, params, loss, index, batch, ppo.target_kl)
                 if ppo.target_kl and float(stats[0]) > ppo.target_kl:
                     return self.summary(logged, stopped=True)
                 logged.append(torch.cat([stats.cpu(), self.grad_norm.cpu()[None]]))
         return self.summary(logged, stopped=False)
 
-    def loss(
-        self, batch: dict, advantages, scale, part: torch.Tensor, shared: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, batch: dict, advantages, scale, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over the response tokens of some episodes of what is to become small; and sums of statistics.
 
         scale is what the advantages were divided by: the other terms have to be, too.
@@ -747,7 +768,7 @@ class PPO:
                 )
             total = total + self.beta / scale * exact_kl(logps, reference).sum()
         value_loss = torch.zeros(())
-        if shared:
+        if self.shared:
             values = self.critic(features, batch["tokens"][part, :width])[inside]
             value_loss = (values - batch["returns"][part, :width][inside]).square().sum()
             total = total + ppo.vf_coef * value_loss
@@ -782,7 +803,7 @@ class PPO:
         """Roll out, learn, count; returns what is to be logged."""
         began, ppo = time.perf_counter(), self.ppo
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = ppo.critic_lr if "critic" in group else self.learning_rate()
         prompts = self.prompts(self.iter_num, self.size // ppo.group_size)
         prompts = [prompt for prompt in prompts for _ in range(ppo.group_size)]
         u = torch.rand(self.size, ppo.max_gen_len, generator=self.generator(1, self.iter_num))
@@ -796,9 +817,11 @@ class PPO:
                 "ppo/explained_variance": 1 - float(left),
                 "ppo/value": float(batch["values"][mask].mean()),
             }
-            if self.ppo.critic != "shared" and (self.iter_num > self.first or not ppo.critic_warmup):
-                self.fit_critic(batch, returns, ppo.critic_epochs, self.iter_num)
-        values |= {"ppo/advantage_deviation": float(scale)} | self.improve(batch, advantages, scale)
+        warmup = self.critic is not None and self.iter_num == self.first and ppo.critic_warmup > 0
+        if warmup or (self.critic is not None and not self.shared):
+            self.fit_critic(ppo.critic_warmup if warmup else ppo.critic_epochs)
+        values["ppo/advantage_deviation"] = float(scale)
+        values |= self.summary([], stopped=False) if warmup else self.improve(batch, advantages, scale)
         if ppo.adaptive_kl:
             self.beta = adapt(self.beta, values["ppo/kl"], ppo, self.size)
         self.iter_num, self.episodes, self.evaluated = self.iter_num + 1, self.episodes + self.size, False
@@ -837,7 +860,7 @@ class PPO:
     # -- evaluation
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out prompts, always with the same random numbers: what describe tells, and the text's quality."""
+        """Held-out prompts, always with the same random numbers: describe, and the text's quality."""
         samples = self.ppo.eval_samples
         prompts = [prompt for prompt in self.eval_prompts for _ in range(samples)]
         u = torch.rand(len(prompts), self.ppo.max_gen_len, generator=torch.Generator().manual_seed(EVAL_SEED))
@@ -864,7 +887,9 @@ class PPO:
             "model_args": asdict(self.args),
             "optimizer": self.optimizer.state_dict(),
             "critic": self.critic.state_dict() if self.critic else None,
-            "critic_optimizer": self.critic_optimizer.state_dict() if self.critic else None,
+            "replay": [
+                {key: value.cpu() for key, value in b.items() if key in REPLAYED} for b in self.replay
+            ],
             "iter_num": self.iter_num,
             "first_iter": self.first,
             "beta": self.beta,
@@ -882,19 +907,18 @@ class PPO:
         """Go on exactly where state was saved. Raises SystemExit if it is not of this reference and shape."""
         if state.get("reference_sha256") != self.reference_hash:
             raise SystemExit(
-                f"{path} was trained from other weights than {self.cfg.out_dir}/ckpt.pt holds; put those back, "
-                f"or move {path} away to begin anew"
+                f"{path} was trained from other weights than {self.cfg.out_dir}/ckpt.pt holds; put those "
+                f"back, or move {path} away to begin anew"
             )
         try:
             self.policy.load_state_dict(state["model"])
             load_moments(self.optimizer, state["optimizer"])
             if self.critic:
                 self.critic.load_state_dict(state["critic"] or {})
-                load_moments(self.critic_optimizer, state["critic_optimizer"])
         except (RuntimeError, ValueError, KeyError) as e:
             raise SystemExit(
-                f"{path} does not fit these flags ({' '.join(str(e).split())[:100]}): --advantage, --critic and "
-                f"--train_only cannot change during a run; move {path} away to begin anew"
+                f"{path} does not fit these flags ({' '.join(str(e).split())[:100]}): --advantage, --critic "
+                f"and --train_only cannot change during a run; move {path} away to begin anew"
             ) from None
         self.iter_num, self.first, self.best = state["iter_num"], state["first_iter"], state["best_J"]
         if self.ppo.adaptive_kl:
@@ -902,9 +926,14 @@ class PPO:
         self.moments = RunningMoments(**state["moments"])
         self.episodes, self.seconds = state["episodes"], state["seconds"]
         self.evaluation, self.evaluated = state["evaluation"], state["evaluated"]
+        for saved in state["replay"]:
+            batch = {key: value.to(self.runtime.device) for key, value in saved.items()}
+            if not self.shared:  # what the reference says to it is quickly made again
+                batch["critic_features"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
+            self.replay.append(batch)
 
     def save(self, write_model: Callable[[str, Transformer], None], best: bool) -> None:
-        """Write ppo_ckpt.pt, the newest state; before it, if best, ppo_best.pt and ppo_model.bin. Rank 0 only."""
+        """Write ppo_ckpt.pt, the newest state; before it, if best, ppo_best.pt and ppo_model.bin."""
         folder, state = self.cfg.out_dir, self.state()
         try:
             if best or not os.path.exists(os.path.join(folder, "ppo_model.bin")):
@@ -917,7 +946,7 @@ class PPO:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Take over the moments; learning rates and the like come from the flags. Raises ValueError if they don't fit."""
+    """Take over moments; learning rates and the like come from the flags. ValueError if they don't fit."""
     ours = optimizer.state_dict()
     if [g["params"] for g in ours["param_groups"]] != [g["params"] for g in saved["param_groups"]]:
         raise ValueError("the optimizer's state is of other parameters")
@@ -961,40 +990,149 @@ def progress(run: PPO, values: dict[str, float]) -> str:
     )
 
 
+def verdict(run: PPO, values: dict[str, float], best: bool) -> str:
+    """One line about a held-out evaluation."""
+    v = {name.removeprefix("ppo/eval/"): value for name, value in values.items()}
+    mae = f", MAE {v['mae']:.2f}" if "mae" in v else ""
+    return (
+        f"held out after {run.iter_num - run.first} iterations: J {v['J']:.3f} (optimum about "
+        f"{v['J_optimum']:.2f}), reward {v['reward']:.3f}{mae}, KL {v['kl']:.2f}, "
+        f"length {v['length']:.1f} ± {v['length_deviation']:.1f}, {100 * v['ended']:.1f}% ended, "
+        f"perplexity under the reference {v['reference_perplexity']:.2f}, distinct-2 {v['distinct_2']:.3f}"
+        + " (best so far)"
+        * best
+    )
+
+
 def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transformer], None]) -> None:
     """The loop: evaluate and save when due, stop when asked or done, else iterate. metrics on rank 0 only."""
     cfg, runtime = run.cfg, run.runtime
     while True:
-        due = (run.iter_num - run.first) % cfg.eval_interval == 0 or run.iter_num >= run.last or cfg.eval_only
+        done = run.iter_num >= run.last
+        due = (run.iter_num - run.first) % cfg.eval_interval == 0 or done or cfg.eval_only
         if due and (not run.evaluated or cfg.eval_only):
             values = run.evaluate()
             best = values["ppo/eval/J"] > run.best and run.iter_num > run.first
-            run.evaluated = True
-            if best:
-                run.best = values["ppo/eval/J"]
+            run.best, run.evaluated = values["ppo/eval/J"] if best else run.best, True
             if metrics:
-                v = {name.removeprefix("ppo/eval/"): value for name, value in values.items()}
-                mae = f", MAE {v['mae']:.2f}" if "mae" in v else ""
-                print(
-                    f"held out after {run.iter_num - run.first} iterations: J {v['J']:.3f} (optimum about "
-                    f"{v['J_optimum']:.2f}), reward {v['reward']:.3f}{mae}, KL {v['kl']:.2f}, length {v['length']:.1f} "
-                    f"± {v['length_deviation']:.1f}, {100 * v['ended']:.1f}% ended, perplexity under the reference "
-                    f"{v['reference_perplexity']:.2f}, distinct-2 {v['distinct_2']:.3f}"
-                    + " (best so far)"
-                    * best
-                )
+                print(verdict(run, values, best))
                 show_stories(run)
                 metrics.log(run.iter_num, values)
                 if not cfg.eval_only and run.iter_num > run.first:
                     run.save(write_model, best or cfg.always_save_checkpoint)
+        # whoever was asked tells the others: the ranks stop together
         (asked,) = runtime.total(interrupt.asked)
-        if run.iter_num >= run.last or asked or cfg.eval_only:
+        if done or asked or cfg.eval_only:
             break
         values = run.iteration()
         if metrics:
             print(progress(run, values), flush=True)
             metrics.log(run.iter_num, values)
-    if asked and run.iter_num < run.last and metrics and not cfg.eval_only:
+    if asked and not done and metrics and not cfg.eval_only:
         run.save(write_model, best=False)
         again = shlex.join(["python", *sys.argv])
+        if runtime.world_size > 1:
+            again = "the same torchrun command"
         print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
+
+
+# ---- report ------------------------------------------------------------------------------------------
+
+
+def read_metrics(path: str) -> tuple[list[dict], list[dict]]:
+    """PPO's lines of a metrics.jsonl: iterations, and held-out evaluations."""
+    if not os.path.exists(path):
+        raise SystemExit(f"no {path}; to make one, run: python train.py --init_from=resume --ppo --out_dir=…")
+    with open(path, encoding="utf-8") as f:
+        lines = [json.loads(line) for line in f if line.endswith("\n")]
+    return [x for x in lines if "ppo/kl" in x], [x for x in lines if "ppo/eval/kl" in x]
+
+
+def frontier(scores: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
+    """(KL, reward) of best-of-n and of the optima for all beta, from the reference's scores (P, m).
+
+    Per prompt for best-of-n where there are enough samples, else over all: prompts tell little about rewards.
+    KL of best-of-n is its bound log n - (n - 1) / n.
+    """
+    rows = scores if scores.shape[1] >= 16 else scores.view(1, -1)
+    ns = [2**k for k in range(8) if 2**k <= rows.shape[1] // 4]
+    best = [(math.log(n) - (n - 1) / n, best_of(rows, n)) for n in ns]
+    # few samples know little of what is far from them: the curve ends where it rests on fewer than five
+    betas = torch.logspace(1, -2, 60).tolist()
+    curve = [tilted(rows, b)[::-1] for b in betas]
+    return {"best": best, "optimum": [(kl, r) for kl, r in curve if kl < math.log(rows.shape[1] / 5)]}
+
+
+def report(out_dir: str) -> str:
+    """Draw out_dir/report.png from metrics.jsonl and ppo_ckpt.pt; returns its path."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise SystemExit("the report needs a package; run: pip install matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, evals = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
+    state = load_checkpoint(os.path.join(out_dir, "ppo_ckpt.pt"))
+    if not steps or "before" not in state.get("evaluation", {}):
+        raise SystemExit(
+            f"{out_dir} holds no iteration of PPO yet; run: python train.py --out_dir={out_dir} "
+            "--init_from=resume --ppo"
+        )
+    config, before, after = state["config"], state["evaluation"]["before"], state["evaluation"]["after"]
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    first, episodes = steps[0]["iter"] - 1, [x["ppo/episodes"] for x in steps]
+    held_out = [(x["iter"] - first) * episodes[0] for x in evals]
+
+    def curve(ax, name: str, label: str) -> None:
+        ax.plot(episodes, [x[f"ppo/{name}"] for x in steps], color="tab:blue", alpha=0.6, label="rollouts")
+        ax.plot(held_out, [x[f"ppo/eval/{name}"] for x in evals], "o-", color="tab:orange", label="held out")
+        ax.set(xlabel="episodes", ylabel=label)
+
+    curve(axes[0, 0], "reward", "reward")
+    curve(axes[0, 1], "kl", "KL to the reference, nats per response")
+    curve(axes[0, 2], "J", f"J = reward - {state['beta']:.3g} KL")
+    if evals:
+        axes[0, 2].axhline(
+            evals[0]["ppo/eval/J_optimum"], color="tab:green", ls="--", label="optimum, estimated"
+        )
+    axes[0, 2].legend()
+    ax = axes[1, 0]
+    curve(ax, "length", "length, tokens")
+    if "length" in config["reward"]:
+        ax.axhline(config["target_len"], color="gray", ls=":")
+    ax = axes[1, 1]
+    bins = range(0, int(max(before["lengths"].max(), after["lengths"].max())) + 10, 10)
+    ax.hist(before["lengths"].tolist(), bins, alpha=0.6, color="gray", label="before")
+    ax.hist(after["lengths"].tolist(), bins, alpha=0.6, color="tab:orange", label="after")
+    ax.set(xlabel="length of held-out stories, tokens", ylabel="stories")
+    ax.legend()
+    ax = axes[1, 2]
+    points = frontier(before["scores"])
+    ax.plot(*zip(*points["optimum"], strict=True), color="tab:green", ls="--", label="optimum for each beta")
+    if points["best"]:
+        ax.plot(*zip(*points["best"], strict=True), "s-", color="gray", label="best of n")
+    path = [(x["ppo/eval/kl"], x["ppo/eval/reward"]) for x in evals]
+    ax.plot(*zip(*path, strict=True), "o-", color="tab:orange", label="this run")
+    ax.set(xlabel="KL to the reference, nats per response", ylabel="reward")
+    ax.legend()
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+    figure.suptitle(f"PPO on {out_dir}: {state['episodes']:,} episodes, {state['seconds'] / 60:.1f} minutes")
+    path = os.path.join(out_dir, "report.png")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    from tokenizer import CommandLine
+
+    cli = CommandLine(prog="ppo.py", description=__doc__)
+    stages = cli.add_subparsers(dest="stage", required=True)
+    stages.add_parser("report", help="draw OUT_DIR/report.png").add_argument("out_dir")
+    print(report(cli.parse_args(argv).out_dir))
+
+
+if __name__ == "__main__":
+    main()

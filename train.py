@@ -197,7 +197,7 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict, dict]:
 
 
 def logged_by(line: str) -> tuple[int, bool]:
-    """Iteration and whether it is PPO's, of a line of metrics.jsonl; -1 for one that a kill left incomplete."""
+    """Iteration and whether it is PPO's, of a line of metrics.jsonl; -1 for one that a kill cut off."""
     try:
         values = json.loads(line)
         return (values["iter"] if line.endswith("\n") else -1), any(k.startswith("ppo/") for k in values)
@@ -209,8 +209,9 @@ class Metrics:
     """metrics.jsonl, and Weights & Biases and TensorBoard where asked for. Made by rank 0 only."""
 
     def __init__(self, cfg: TrainConfig, iter_num: int, ppo: bool = False, fresh: bool = False):
-        """Goes on after iteration iter_num of pretraining or of PPO: what a killed run logged beyond its saved
-        state is dropped, of the other nothing. fresh: no iteration of this kind was made yet."""
+        """Goes on after iteration iter_num of pretraining or of PPO: what a killed run logged beyond its
+        saved state is dropped, of the other kind nothing. fresh: there was no iteration of this kind yet.
+        """
         self.wandb = self.tensorboard = self.path = None
         if cfg.eval_only:  # looks, and leaves no trace
             return
@@ -312,7 +313,7 @@ class Runtime:
         return torch.as_tensor(total)
 
     def reduce(self, params: list[nn.Parameter], stats: torch.Tensor) -> torch.Tensor:
-        """Replace gradients by their sums over all ranks, which must hold the same parameters; stats likewise."""
+        """Replace gradients by their sums over all ranks, and statistics likewise."""
         if self.world_size == 1:
             return stats
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
@@ -763,7 +764,7 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
 def configure_ppo(
     model_given: dict, given: dict, ppo_given: dict
 ) -> tuple[TrainConfig, PPOConfig, dict, dict | None]:
-    """Settings, the reference's checkpoint, and the state of an earlier PPO run to go on with, if there is one."""
+    """Settings, the reference's checkpoint, and the state of a PPO run to go on with, if there is one."""
     out_dir = TrainConfig(out_dir=given.get("out_dir", TrainConfig.out_dir)).out_dir
     path, state_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ppo_ckpt.pt"))
     if given.get("init_from") not in ("resume", "auto"):
@@ -776,7 +777,7 @@ def configure_ppo(
         for name, value in model_given.items():
             if name != "dropout" and not agrees(name, value, args):
                 raise SystemExit(
-                    f"--{name}={value} contradicts {path}, where it is {getattr(args, name)}; leave the flag out"
+                    f"--{name}={value} contradicts {path}, where it is {getattr(args, name)}; leave it out"
                 )
         train_names = {f.name for f in dataclasses.fields(TrainConfig)}
         if state:

@@ -79,13 +79,14 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def test_flags():
-    model, cfg = parse_cli(
-        ["--dim=64", "--always-save-checkpoint", "--decay_lr=False", "--compile", "--beta2", "0.9"]
+    model, cfg, ppo = parse_cli(
+        ["--dim=64", "--always-save-checkpoint", "--decay_lr=False", "--compile", "--beta2", "0.9", "--ppo"]
     )
     assert model == {"dim": 64}
     assert cfg == {"always_save_checkpoint": True, "decay_lr": False, "compile": "True", "beta2": 0.9}
+    assert ppo == {"ppo": True}
     assert parse_cli(["--eval_only=True", "--compile=False"])[1] == {"eval_only": True, "compile": "False"}
-    assert parse_cli([]) == ({}, {})
+    assert parse_cli([]) == ({}, {}, {})
 
 
 def test_every_flag_of_llama2c_has_its_default():
