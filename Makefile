@@ -24,7 +24,7 @@ $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
 	@touch $@
 
 demo demo/%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, in demo/ (4 minutes)
+demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, short ones, in demo/ (5 minutes)
 	python train.py --data_dir=demo --out_dir=demo/out --init_from=auto --vocab_source=custom --vocab_size=512 \
 	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=8 \
 	  --gradient_accumulation_steps=1 --learning_rate=8e-3 --beta2=0.99 --weight_decay=0.01 --warmup_iters=100 \
@@ -32,6 +32,10 @@ demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells i
 	python tokenizer.py --tokenizer-model=demo/tok512.model
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
+	python train.py --data_dir=demo --out_dir=demo/out --init_from=resume --ppo --target_len=100 --max_gen_len=220 \
+	  --init_kl_coef=0.05 --ppo_iters=12 --rollout_size=200 --eval_interval=12
+	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 1
+	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 
 demo/TinyStories_all_data/data00.json: | $(VENV)/installed
 	python tinystories.py synth --data_dir=demo

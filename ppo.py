@@ -86,7 +86,7 @@ class PPOConfig:
         "gae: by a critic; rloo and grpo: against the other responses to the same prompt (--group_size >= 2)",
         choices=("gae", "rloo", "grpo"),
     )
-    lam: float = opt(0.98, "lambda of GAE: 1 has no bias, less has less noise")
+    lam: float = opt(0.95, "lambda of GAE: 1 has no bias, less has less noise")
     critic: str = opt(
         "reference",
         "what the critic's value head reads: the reference's features, a trunk of its own (separate), or the "
@@ -94,9 +94,10 @@ class PPOConfig:
         choices=("reference", "separate", "shared"),
     )
     critic_lr: float = opt(3e-3, "the critic's learning rate; falls to 0 in every fit")
-    critic_epochs: int = opt(5, "passes of the critic over the latest rollouts")
-    critic_replay: int = opt(1600, "how many episodes of the latest rollouts it learns from")
-    critic_warmup: int = opt(30, "its passes over the first rollout, which moves only the critic; 0: no such")
+    critic_epochs: int = opt(4, "passes of the critic over the latest rollouts")
+    critic_replay: int = opt(800, "how many episodes of the latest rollouts it learns from")
+    critic_warmup: int = opt(2, "first rollouts, which move only the critic")
+    critic_warmup_epochs: int = opt(30, "its passes over each of those")
     vf_coef: float = opt(0.1, "weight of the value loss in a shared trunk")
     # updates
     ppo_epochs: int = opt(2, "passes of the policy over each rollout")
@@ -106,7 +107,12 @@ class PPOConfig:
         0.05, "stop an iteration's passes when old and new policy differ by this (k3); 0: never"
     )
     ent_coef: float = opt(0.0, "weight of an entropy bonus")
-    train_only: str = opt("", "train only parameters whose names match this regular expression")
+    train_only: str = opt(
+        "attention.wv", "train only parameters whose names match this regular expression; nothing: all"
+    )
+    adam: str = opt(
+        "tensor", "AdamW's second moments: one per weight or per tensor", choices=("weight", "tensor")
+    )
     adam_eps: float = opt(1e-5, "epsilon of AdamW")
     eval_samples: int = opt(4, "responses to each of the eval_iters * batch_size held-out prompts")
 
@@ -488,6 +494,39 @@ class Critic(nn.Module):
         return self.head(torch.cat([features, self.position[:T].expand(B, T, -1)], -1))[..., 0]
 
 
+# ---- optimizer ---------------------------------------------------------------------------------------
+
+
+class TensorAdamW(torch.optim.Optimizer):
+    """AdamW with one second moment per tensor: steps of Adam's size in the direction of the mean gradient.
+
+    A second moment per weight makes the weights with the weakest signal move as far as the others, and in RL
+    most weights see little but noise. (Second moments by blocks: Zhang et al. 2024, Adam-mini.)
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros((), device=p.device)
+                state["step"] += 1
+                mean, square, t = state["exp_avg"], state["exp_avg_sq"], float(state["step"])
+                mean.lerp_(p.grad, 1 - beta1)
+                square.lerp_(p.grad.square().mean(), 1 - beta2)
+                scale = (square / (1 - beta2**t)).sqrt() + group["eps"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(mean / scale, alpha=group["lr"] / (1 - beta1**t))
+
+
 # ---- the run -----------------------------------------------------------------------------------------
 
 
@@ -540,7 +579,8 @@ class PPO:
         if self.shared:  # its head learns along with the policy
             groups.append({"params": list(self.critic.parameters()), "weight_decay": 0.0, "critic": True})
         groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=ppo.adam_eps)
+        kind = torch.optim.AdamW if ppo.adam == "weight" else TensorAdamW
+        self.optimizer = kind(groups, betas=(cfg.beta1, cfg.beta2), eps=ppo.adam_eps)
         self.scorer, self.moments = Scorer(ppo, tokenizer), RunningMoments()
         self.first = self.iter_num = checkpoint.get("iter_num", 0)
         # --max_iters is the last iteration, --ppo_iters how many there are
@@ -817,9 +857,9 @@ class PPO:
                 "ppo/explained_variance": 1 - float(left),
                 "ppo/value": float(batch["values"][mask].mean()),
             }
-        warmup = self.critic is not None and self.iter_num == self.first and ppo.critic_warmup > 0
+        warmup = self.critic is not None and self.iter_num < self.first + ppo.critic_warmup
         if warmup or (self.critic is not None and not self.shared):
-            self.fit_critic(ppo.critic_warmup if warmup else ppo.critic_epochs)
+            self.fit_critic(ppo.critic_warmup_epochs if warmup else ppo.critic_epochs)
         values["ppo/advantage_deviation"] = float(scale)
         values |= self.summary([], stopped=False) if warmup else self.improve(batch, advantages, scale)
         if ppo.adaptive_kl:
@@ -866,8 +906,16 @@ class PPO:
         u = torch.rand(len(prompts), self.ppo.max_gen_len, generator=torch.Generator().manual_seed(EVAL_SEED))
         batch = self.collect(prompts, u)
         values = self.describe(batch)
-        pairs = torch.stack([batch["tokens"][:, :-2], batch["tokens"][:, 1:-1]], -1)[batch["mask"][:, :-1]]
-        values["ppo/distinct_2"] = len(pairs.unique(dim=0)) / max(len(pairs), 1)
+        stories = [
+            row[first:last]
+            for row, first, last in zip(
+                *(batch[key].tolist() for key in ("tokens", "start", "end")), strict=True
+            )
+        ]
+        distinct = [len(set(zip(x, x[1:], strict=False))) / (len(x) - 1) for x in stories if len(x) > 1]
+        values["ppo/distinct_2"] = sum(distinct) / max(
+            len(distinct), 1
+        )  # of a story's pairs, how many differ
         nats = -masked_mean(batch["reference_logp"], batch["mask"])
         values["ppo/reference_perplexity"] = math.exp(min(float(nats), 700))
         record = {"scores": batch["scores"].sum(1).view(-1, samples).cpu(), "lengths": batch["end"].cpu()}
@@ -875,7 +923,11 @@ class PPO:
             self.evaluation["before"] = record
         self.evaluation["after"] = record
         best = optimum(self.evaluation["before"]["scores"].view(1, -1), self.beta)
-        self.stories = batch["tokens"][:3], batch["start"][:3], batch["end"][:3], batch["scores"][:3].sum(1)
+        shown = slice(0, 3 * samples, samples)  # a story of each of the first prompts
+        self.stories = (
+            [batch[key][shown] for key in ("tokens", "start", "end")],
+            batch["scores"][shown].sum(1),
+        )
         values |= {"ppo/J_optimum": best, "ppo/regret": best - values["ppo/J"]}
         return {name.replace("ppo/", "ppo/eval/", 1): value for name, value in values.items()}
 
@@ -963,7 +1015,7 @@ def fingerprint(model: Transformer) -> str:
 
 def show_stories(run: PPO) -> None:
     """A table of the first held-out prompts, their stories and rewards."""
-    tokens, start, end, scores = run.stories
+    (tokens, start, end), scores = run.stories
     for row, first, last, score in zip(
         tokens.tolist(), start.tolist(), end.tolist(), scores.tolist(), strict=True
     ):

@@ -1101,7 +1101,9 @@ static void generate(Session *s, const Text *prompt) {
     putchar('\n');
     flush_stdout();
     double seconds = now() - start;
-    if (pos > 1 && seconds > 0) fprintf(stderr, "achieved tok/s: %f\n", (pos - 1) / seconds);
+    if (pos > 1 && seconds > 0)  // of the length, BOS and the end token are part
+        fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
+                next == BOS || next == EOS ? "" : ", cut off");
     free(t.ids);
 }
 

@@ -1039,8 +1039,8 @@ class StoryStarts:
         data = TokenBatches(token_dir, split, 1, 1)
         self.bos_id, self._shards, self._ends = data.bos_id, data._shards, data._ends
         if not any((shard == self.bos_id).any() for shard in self._shards):
-            raise SystemExit(f"no story in {token_dir} begins with BOS (id {self.bos_id}), which ends the one "
-                             "before; run pretokenize again")
+            raise SystemExit(f"no story in {token_dir} begins with BOS (id {self.bos_id}), which ends "
+                             "the one before; run pretokenize again")
 
     def sample(self, rng: np.random.Generator, count: int, length: int) -> list[list[int]]:
         """`count` prompts of BOS and 0 to length - 1 tokens, but none of a next story's."""

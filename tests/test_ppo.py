@@ -1,4 +1,4 @@
-"""ppo.py: its formulas against float64 and enumeration, its parts against brute force, whole runs with each other."""
+"""ppo.py: its formulas against float64 and enumeration, parts against brute force, runs with each other."""
 
 import copy
 import itertools
@@ -67,7 +67,7 @@ def some_prompts(i: int, n: int) -> list[list[int]]:
 
 
 def make_run(net: Transformer | None = None, reward=None, prompts=some_prompts, cfg=None, **flags) -> PPO:
-    """A PPO in this process, everything that a test may depend on said; reward takes the rows of token ids."""
+    """A PPO in this process, with all said that a test may depend on; reward takes the rows of token ids."""
     net = net or tiny()
     training = {
         "out_dir": "nowhere",
@@ -237,7 +237,7 @@ same_count = pytest.mark.xfail(reason="right for each story alone, so that the V
         "1.0",
         "None",
         "[1.0] * (len(s) + 1)",
-        *(pytest.param(x, marks=same_count) for x in ("[1.0]", "set(s)")),
+        *(pytest.param(x, marks=same_count) for x in ("[1.0]", "{1.0}")),
     ],
 )
 def test_a_wrong_number_of_scores_is_one_line(result, tmp_path):
@@ -390,21 +390,25 @@ def test_mask_and_place_of_the_score(kl_penalty, monkeypatch):
 
 
 def test_scores_are_normalised_then_clipped():
-    run = make_run(reward=lambda tokens: [float(row[-2]) for row in tokens], reward_norm=True, reward_clip=0.5,
-                   init_kl_coef=0.0, missing_eos_penalty=2.0)  # fmt: skip
+    run = make_run(
+        reward=lambda tokens: [sum(row) % 7 for row in tokens],
+        reward_norm=True,
+        reward_clip=0.9,
+        init_kl_coef=0.0,
+        missing_eos_penalty=2.0,
+    )
     seen = []
     for seed in (0, 1):
         batch = collect(run, seed=seed)
-        seen += [row[-2] for row in batch_ids(batch)]
-        assert batch["scores"].flatten().tolist() == seen[-16:]
-        expected = np.clip((np.array(seen[-16:]) - np.mean(seen)) / np.std(seen), -0.5, 0.5)
-        expected = expected - 2.0 * ~batch["ended"].numpy()
-        np.testing.assert_allclose(run.rewards(batch).sum(1).numpy(), expected, atol=1e-5)
-    assert {-0.5, 0.5} < {round(x % 2 if x > -1 else x + 2, 6) - 2 * (x % 2 > 1) for x in expected}
+        seen += [sum(row) % 7 for row in batch_ids(batch)]
+        clipped = np.clip((np.array(seen[-16:]) - np.mean(seen)) / np.std(seen), -0.9, 0.9)
+        assert {-0.9, 0.9} < set(clipped)
+        penalised = clipped - 2.0 * ~batch["ended"].numpy()
+        np.testing.assert_allclose(run.rewards(batch).sum(1).numpy(), penalised, atol=1e-5)
 
 
-def test_padding_changes_nothing(monkeypatch):
-    """Other pad ids and more padding: the same advantages, metrics, values, and the same step, bit for bit."""
+def test_padding_changes_nothing():
+    """Other pad ids and more padding: the same advantages, metrics, and steps, bit for bit."""
     outcomes = []
     for ids, columns in [(0, 0), (9, 0), (END, 0), (3, 5)]:
         run = make_run(ent_coef=0.01)
@@ -608,7 +612,7 @@ def test_best_of_n_by_enumeration():
 @settings(deadline=None)
 @given(st.floats(0.05, 5.0), st.integers(0, 1000))
 def test_optimum_by_enumeration(beta, seed):
-    """Of all distributions over the samples none has a higher J than the tilted one, whose J is the optimum."""
+    """No distribution over the samples has a higher J than the tilted one, whose J is the optimum."""
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(4, 9))
     w = np.exp(scores / beta) / np.exp(scores / beta).sum(1, keepdims=True)
@@ -699,7 +703,7 @@ def test_kl_of_stories_is_the_sum_over_tokens(enumerated):
 def test_the_expected_gradient_is_that_of_the_objective(enumerated, kl_penalty):
     """At ratio 1: E[d loss] = -d J, J = E[R] - beta KL(stories), the expectation a sum over all stories."""
     run, batch, stories, scores = enumerated(kl_penalty=kl_penalty, init_kl_coef=0.4)
-    params = [p for p in run.policy.parameters()]
+    params = list(run.policy.parameters())
     logp, ref = log_probs(run.policy, stories), log_probs(run.reference, stories).detach()
     J = (logp.exp() * (scores - 0.4 * (logp - ref))).sum()
     expected = torch.autograd.grad(-J, params)
@@ -723,7 +727,7 @@ OPTIMA = {
 
 @pytest.mark.parametrize("name", OPTIMA)
 def test_converges_to_the_tilted_reference(name):
-    """Policy gradients end at π_ref e^{R/beta} / Z, known here exactly: within 0.02 nats, either way round."""
+    """Policy gradients end at π_ref e^{R/beta} / Z, known here exactly: to 0.02 nats, either way round."""
     V, T, flags = OPTIMA[name]
     net, beta, iterations = tiny(V, T + 1, scale=7), 0.5, 40
     stories = stories_of(net, T)
@@ -751,3 +755,774 @@ def test_converges_to_the_tilted_reference(name):
     J = (np.exp(logp) * (scores - beta * (logp - ref))).sum()
     best = beta * np.log((np.exp(ref + scores / beta)).sum())
     assert best - J == pytest.approx(beta * (np.exp(logp) * (logp - star)).sum(), abs=1e-6)
+
+
+# ---- learning ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kl_penalty", ["exact", "k1"])
+def test_the_loss_term_by_term(kl_penalty):
+    """Value and gradients of all terms, summed story by story and token by token in float64."""
+    run = make_run(
+        critic="shared", vf_coef=0.3, ent_coef=0.02, clip=0.1, clip_high=0.3, kl_penalty=kl_penalty
+    )
+    batch = collect(run)
+    g = torch.Generator().manual_seed(0)
+    mask = batch["mask"]
+    batch["returns"] = torch.randn(mask.shape, generator=g)
+    advantages, scale = torch.randn(mask.shape, generator=g), torch.tensor(0.7)
+    nudge(run.policy, 0.05)  # so that some ratios are clipped
+    nudge(run.critic, 0.1)
+    policy, critic, reference = (copy.deepcopy(m).double() for m in (run.policy, run.critic, run.reference))
+    expected, clipped, k3 = 0.0, 0, 0.0
+    for n, story in enumerate(batch_ids(batch)):
+        tokens = torch.tensor([story])
+        hidden = policy.features(tokens)
+        p = policy.output(hidden)[0].log_softmax(-1)
+        q = reference.output(reference.features(tokens))[0].log_softmax(-1).detach()
+        values = critic(hidden, tokens)[0]
+        for t in range(int(batch["start"][n]) - 1, len(story) - 1):
+            ratio = (p[t, story[t + 1]] - batch["logp"][n, t].double()).exp()
+            A = advantages[n, t].double()
+            expected = expected - torch.minimum(A * ratio, A * ratio.clamp(0.9, 1.3))
+            expected = expected + 0.02 / 0.7 * (p[t].exp() * p[t]).sum()
+            expected = expected + 0.3 * (values[t] - batch["returns"][n, t].double()) ** 2
+            if kl_penalty == "exact":
+                expected = expected + 0.1 / 0.7 * (p[t].exp() * (p[t] - q[t])).sum()
+            ratio = ratio.item()
+            clipped += not 0.9 <= ratio <= 1.3
+            k3 += ratio - 1 - math.log(ratio)
+    assert 0.02 < clipped / int(mask.sum()) < 0.9
+    ours, stats = run.loss(batch, advantages, scale, torch.arange(16))
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert stats[0].item() == pytest.approx(k3, rel=1e-4) and int(stats[2]) == clipped
+    mine = [*run.policy.parameters(), *run.critic.parameters()]
+    grads = torch.autograd.grad(ours, mine)
+    theirs = torch.autograd.grad(expected, [*policy.parameters(), *critic.parameters()])
+    for a, b in zip(grads, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5 * float(b.abs().max()) + 1e-5, rtol=1e-4)
+
+
+def gradients(run: PPO, batch: dict) -> list[dict]:
+    """Of every step of the policy's passes over a batch, without making them."""
+    seen = []
+    names = [name for name, p in run.policy.named_parameters()]
+
+    def step(*args):
+        seen.append({n: p.grad.clone() for n, p in zip(names, run.policy.parameters(), strict=True)})
+
+    run.optimizer.step = step
+    g = torch.Generator().manual_seed(5)
+    run.improve(batch, torch.randn(batch["mask"].shape, generator=g), torch.tensor(1.0))
+    return seen
+
+
+def test_gradients_do_not_depend_on_how_a_step_is_cut_up(monkeypatch):
+    """A step's mean is over its tokens: the same whether they are learnt from in 1, 3 or 20 parts, in one
+    thread or more, or as 1, 2 or 5 accumulated minibatches.
+    """
+    run = make_run(cfg={"batch_size": 20, "grad_clip": 0.0}, rollout_size=20, advantage="rloo", group_size=2)
+    batch = collect(run, 20)
+    (whole,) = gradients(run, batch)
+    assert max(g.abs().max() for g in whole.values()) > 0.01
+    for tokens, parts in [(1, 20), (120, None), (10**6, 1)]:
+        monkeypatch.setattr(ppo, "CPU_PART_TOKENS", tokens)
+        assert parts in (None, len(run.parts(torch.arange(20), batch)))
+        (cut,) = gradients(run, batch)
+        for name in whole:
+            torch.testing.assert_close(cut[name], whole[name], atol=1e-6, rtol=0)
+    monkeypatch.setattr(ppo, "CPU_PART_TOKENS", 60)
+    (alone,) = gradients(run, batch)
+    run.runtime.threads, run.runtime.pool = 3, ThreadPoolExecutor(3)
+    (threaded,) = gradients(run, batch)
+    run.runtime.pool.shutdown()
+    assert same(alone, threaded)
+    for micro_batches in (2, 5):
+        cfg = {
+            "batch_size": 20 // micro_batches,
+            "gradient_accumulation_steps": micro_batches,
+            "grad_clip": 0.0,
+        }
+        other = make_run(cfg=cfg, rollout_size=20, advantage="rloo", group_size=2)
+        assert same(gradients(other, batch), [alone])
+    cfg = {"batch_size": 10, "grad_clip": 0.0}
+    assert len(gradients(make_run(cfg=cfg, advantage="rloo", group_size=2), batch)) == 2
+
+
+def test_the_first_step_is_adamw_with_fresh_state():
+    """Clipped gradient, eps as given, and neither moments nor weight decay from pretraining."""
+    cfg = {"batch_size": 16, "grad_clip": 0.05, "learning_rate": 0.01, "weight_decay": 0.2}
+    run = make_run(cfg=cfg, adam_eps=1e-4, advantage="rloo", group_size=2)
+    assert not run.optimizer.state
+    before = {name: p.detach().double() for name, p in run.policy.named_parameters()}
+    other = make_run(cfg=cfg | {"grad_clip": 0.0}, adam_eps=1e-4, advantage="rloo", group_size=2)
+    seen = []
+    other.optimizer.step = lambda: seen.append([p.grad.double().clone() for p in other.policy.parameters()])
+    norm = other.iteration()["ppo/grad_norm"]
+    expected_norm = math.sqrt(sum(float(g.square().sum()) for g in seen[0]))
+    assert norm == pytest.approx(expected_norm, rel=1e-5) and norm > 0.1
+    run.iteration()
+    for (name, p), g in zip(run.policy.named_parameters(), seen[0], strict=True):
+        g = g * 0.05 / norm
+        decay = 0.2 if p.dim() == 2 else 0.0
+        expected = before[name] * (1 - 0.01 * decay) - 0.01 * g / (g.abs() + 1e-4)
+        torch.testing.assert_close(p.detach().double(), expected, atol=2e-6, rtol=0)
+    assert {int(s["step"]) for s in run.optimizer.state_dict()["state"].values()} == {1}
+
+
+def test_train_only():
+    run = make_run(train_only=r"norm|layers\.0\.attention\.w[qk]")
+    before = weights(run.policy)
+    for _ in range(2):
+        run.iteration()
+    moved = {name for name, x in run.policy.state_dict().items() if not torch.equal(x, before[name])}
+    expected = {"layers.0.attention.wq.weight", "layers.0.attention.wk.weight", "norm.weight"}
+    assert moved == expected | {"layers.0.attention_norm.weight", "layers.0.ffn_norm.weight"}
+    assert same(weights(run.reference), before)
+
+
+def test_ratio_is_one_on_the_first_minibatch():
+    """Also for a network that was trained with dropout."""
+    net = tiny(dropout=0.1)
+    net.train()
+    run = make_run(net, cfg={"batch_size": 16})
+    values = run.iteration()
+    assert values["ppo/steps"] == 1 and values["ppo/ratio_deviation"] < 2e-6
+    assert values["ppo/clip_fraction"] == 0 and values["ppo/policy_kl"] < 1e-9
+    assert abs(values["ppo/kl"]) < 1e-5 and abs(values["ppo/kl_k1"]) < 1e-4
+    later = run.iteration()
+    assert later["ppo/ratio_deviation"] < 2e-6 and later["ppo/kl"] > 1e-5
+
+
+def test_a_step_beyond_target_kl_is_not_made():
+    """It leaves weights and moments as the last step within it did."""
+    cfg = {"batch_size": 16, "learning_rate": 1e-2}
+    one, stopped = make_run(cfg=cfg), make_run(cfg=cfg, ppo_epochs=5, target_kl=1e-6)
+    values = [run.iteration() for run in (one, stopped)]
+    assert values[0]["ppo/steps"] == values[1]["ppo/steps"] == 1
+    assert values[0]["ppo/stopped_early"] == 0 and values[1]["ppo/stopped_early"] == 1
+    assert same(weights(one.policy), weights(stopped.policy))
+    assert same(one.optimizer.state_dict()["state"], stopped.optimizer.state_dict()["state"])
+    free = make_run(cfg=cfg, ppo_epochs=5, target_kl=100.0)
+    assert free.iteration()["ppo/steps"] == 5 and not same(weights(one.policy), weights(free.policy))
+    # before the very first step
+    run = make_run(cfg=cfg, target_kl=1e-6)
+    batch = collect(run)
+    advantages, scale = run.advantages(batch)
+    nudge(run.policy, 0.1)
+    before = weights(run.policy)
+    summary = run.improve(batch, advantages, scale)
+    assert summary["ppo/steps"] == 0 and summary["ppo/stopped_early"] == 1
+    assert same(weights(run.policy), before) and not run.optimizer.state
+
+
+def test_learning_rate_falls_to_min_lr():
+    cfg = {"learning_rate": 1.0, "min_lr": 0.2, "decay_lr": True}
+    run = make_run(cfg=cfg, ppo_iters=4)
+    rates = []
+    for run.iter_num in range(5):
+        rates.append(run.learning_rate())
+    assert rates == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    run = make_run(cfg=cfg | {"decay_lr": False}, ppo_iters=4)
+    run.iter_num = 3
+    assert run.learning_rate() == 1.0
+
+
+def test_iterations_are_counted_from_the_checkpoint_or_absolutely():
+    net = tiny()
+    checkpoint = {"model": net.state_dict(), "model_args": asdict(net.args), "iter_num": 7}
+    runtime = Runtime("cpu", torch.float32, False)
+
+    def last(max_iters: int, ppo_iters: int) -> int:
+        cfg, ppo = TrainConfig(max_iters=max_iters), PPOConfig(ppo_iters=ppo_iters)
+        return PPO(ppo, cfg, runtime, checkpoint, Letters(), some_prompts, []).last
+
+    assert last(100, 3) == 10 and last(9, 0) == 10  # --max_iters is the last index, and is made
+
+
+# ---- critic ------------------------------------------------------------------------------------------
+
+CRITICS = ["reference", "separate", "shared"]
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_values_are_zero_at_first_and_warm_up_leaves_the_policy(critic):
+    run = make_run(critic=critic, critic_warmup=3, reward=lambda tokens: [len(row) / 10 for row in tokens])
+    before = weights(run.policy), weights(run.reference)
+    batch = collect(run)
+    assert not run.values(batch).any()
+    first = run.iteration()
+    assert first["ppo/value"] == 0 and first["ppo/explained_variance"] == pytest.approx(0, abs=1e-6)
+    if first["ppo/steps"] == 0:  # the first iteration belongs to the critic
+        assert same((weights(run.policy), weights(run.reference)), before) and not run.optimizer.state
+    after = run.values(batch)
+    assert after[batch["mask"]].abs().min() > 0 and not after[~batch["mask"]].any()
+    assert run.iteration()["ppo/steps"] > 0
+    assert not same(weights(run.policy), before[0]) and same(weights(run.reference), before[1])
+    assert run.values(batch).isfinite().all() and not same(run.values(batch), after)
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_critic_learns_what_the_position_tells(critic):
+    """Explained variance of stories it has not seen: each choice earns 1 - t / 10, and gae sums that up."""
+
+    def explained(run: PPO, batch: dict) -> float:
+        rewards = torch.where(batch["mask"], 1 - torch.arange(batch["mask"].shape[1]) / 10, 0.0)
+        mask = batch["mask"].numpy()
+        returns = np.flip(np.cumsum(np.flip(rewards.double().numpy(), 1), 1), 1)[mask]
+        values = run.values(batch).double().numpy()[mask]
+        return 1 - np.var(returns - values) / np.var(returns)
+
+    # stories that all end with the context: what is left follows from the position alone
+    net = tiny()
+    with torch.no_grad():
+        net.tok_embeddings.weight[END] = 0
+    run = make_run(net, critic=critic, max_gen_len=24, critic_lr=1e-2, init_kl_coef=0.0, critic_replay=64)
+    run.rewards = lambda batch: torch.where(batch["mask"], 1 - torch.arange(batch["mask"].shape[1]) / 10, 0.0)
+    batch, unseen = collect(run, 64, 0), collect(run, 64, 1)
+    for b in (batch, unseen):  # leave out the stories that do end
+        whole = b["end"] == 24
+        for key, x in b.items():
+            b[key] = x[whole] if x.dim() else x
+        assert len(b["end"]) > 20
+    assert explained(run, unseen) == 0
+    run.advantages(batch)
+    before = weights(run.policy)
+    run.fit_critic(20)
+    assert explained(run, unseen) > 0.9 and same(weights(run.policy), before)
+
+
+def test_explained_variance_and_value_are_logged_as_defined():
+    run = make_run(lam=0.9)
+    run.iteration()
+    nudge(run.critic, 0.2)
+    seen, advantages = {}, run.advantages
+    run.advantages = lambda batch: seen.update(batch=batch) or advantages(batch)
+    logged, batch = run.iteration(), seen["batch"]
+    rewards, mask = run.rewards(batch).double().numpy(), batch["mask"].numpy()
+    values = batch["values"].double().numpy()
+    returns = np.flip(np.cumsum(np.flip(rewards, 1), 1), 1)[mask]
+    expected = 1 - np.var(returns - values[mask]) / np.var(returns)
+    assert logged["ppo/explained_variance"] == pytest.approx(expected, rel=1e-5)
+    assert logged["ppo/value"] == pytest.approx(values[mask].mean(), abs=1e-6)
+    A, next_value = np.zeros_like(values), np.append(values[:, 1:], np.zeros((16, 1)), 1)
+    for n, t in zip(*np.nonzero(mask), strict=True):
+        last = int(np.nonzero(mask[n])[0].max())
+        A[n, t] = sum(
+            0.9 ** (s - t) * (rewards[n, s] + next_value[n, s] - values[n, s]) for s in range(t, last + 1)
+        )
+    assert logged["ppo/advantage_deviation"] == pytest.approx(A[mask].std(), rel=1e-4)
+
+
+# ---- what is told ------------------------------------------------------------------------------------
+
+
+def by_hand(run: PPO, stories: list[list[int]], starts: list[int]) -> dict[str, float]:
+    """What describe and evaluate tell, story by story in float64."""
+    policy, reference = (copy.deepcopy(net).double() for net in (run.policy, run.reference))
+    rows, entropies, nats, pairs = [], [], [], []
+    for story, start in zip(stories, starts, strict=True):
+        with torch.no_grad():
+            p, q = (net(torch.tensor([story]))[0][0].log_softmax(-1) for net in (policy, reference))
+        at = range(start - 1, len(story) - 1)
+        k1 = [float(p[t, story[t + 1]] - q[t, story[t + 1]]) for t in at]
+        entropies += [-float((p[t].exp() * p[t]).sum()) for t in at]
+        nats += [-float(q[t, story[t + 1]]) for t in at]
+        pairs += [(story[t], story[t + 1]) for t in at]
+        rows.append(
+            {
+                "reward": -abs(len(story) - 8) / 100,
+                "kl": sum(float((p[t].exp() * (p[t] - q[t])).sum()) for t in at),
+                "kl_k1": sum(k1),
+                "kl_k3": sum(math.exp(-x) - 1 + x for x in k1),
+                "length": len(story),
+                "mae": abs(len(story) - 8),
+                "ended": story[-1] == END,
+            }
+        )
+    told = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return told | {
+        "J": told["reward"] - 0.1 * told["kl"],
+        "reward/length": told["reward"],
+        "entropy": np.mean(entropies),
+        "length_deviation": np.std([row["length"] for row in rows]),
+        "reference_perplexity": math.exp(np.mean(nats)),
+        "distinct_2": len(set(pairs)) / len(pairs),
+    }
+
+
+@pytest.fixture
+def evaluated():
+    run = make_run(eval_samples=3)
+    run.evaluate()
+    nudge(run.policy, 0.1)
+    seen, real = {}, run.collect
+    run.collect = lambda *args: seen.update(batch=real(*args)) or seen["batch"]
+    told = {name.removeprefix("ppo/eval/"): value for name, value in run.evaluate().items()}
+    return run, told, by_hand(run, batch_ids(seen["batch"]), seen["batch"]["start"].tolist())
+
+
+def test_evaluation_tells_what_it_says(evaluated):
+    run, told, expected = evaluated
+    assert len(run.eval_prompts) == 4 and expected["kl"] > 0.1 and 0 < expected["ended"] < 1
+    expected.pop("distinct_2")
+    for name, value in expected.items():
+        assert told[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
+    assert told["regret"] == pytest.approx(told["J_optimum"] - told["J"])
+    again = {name.removeprefix("ppo/eval/"): value for name, value in run.evaluate().items()}
+    assert again == told  # the same random numbers
+
+
+@pytest.mark.xfail(reason="the last pair of the longest story is left out, so padding changes it")
+def test_distinct_2_counts_every_pair(evaluated):
+    _, told, expected = evaluated
+    assert told["distinct_2"] == pytest.approx(expected["distinct_2"], abs=1e-12)
+
+
+# ---- does it learn? ----------------------------------------------------------------------------------
+
+
+def improvement(seed: int, shuffled: bool) -> float:
+    """By how much the mean absolute error of held-out stories falls, in hundreds of tokens as the reward."""
+    run = make_run(
+        tiny(seed=seed, scale=3),
+        cfg={"batch_size": 64, "learning_rate": 1e-3, "seed": seed},
+        rollout_size=128,
+        target_len=6,
+        max_gen_len=20,
+        ppo_epochs=2,
+        init_kl_coef=0.02,
+        critic_warmup=2,
+        eval_samples=50,
+    )
+    rng, scores = np.random.default_rng(seed), run.scores
+    before = run.evaluate()["ppo/eval/mae"]
+    if shuffled:  # the same rewards, but for anyone's story
+        run.scores = lambda r: scores(r)[torch.from_numpy(rng.permutation(len(r.end)))]
+    for _ in range(8):
+        run.iteration()
+    return (before - run.evaluate()["ppo/eval/mae"]) / 100
+
+
+def test_rewards_improve_and_shuffled_rewards_do_not():
+    """95 % bounds of Student's t over 5 seeds (2.776 for 4 degrees of freedom)."""
+    bounds = {}
+    for shuffled in (False, True):
+        gains = np.array([improvement(seed, shuffled) for seed in range(5)])
+        print(shuffled, gains)
+        half = 2.776 * gains.std(ddof=1) / math.sqrt(5)
+        bounds[shuffled] = gains.mean() - half, gains.mean() + half
+    assert bounds[False][0] > 0.01
+    assert bounds[True][0] < 0.0 and bounds[True][1] < bounds[False][0]
+
+
+# ---- Runtime -----------------------------------------------------------------------------------------
+
+
+def test_backward_adds_up_parts():
+    a, b = (torch.nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
+
+    def function(part: float):
+        return part * (a**2).sum(), torch.tensor([part, 1.0])
+
+    runtime = Runtime("cpu", torch.float32, False)
+    assert runtime.backward(function, [2.0, 3.0], [a, b]).tolist() == [5, 2]
+    assert a.grad.tolist() == [10, 20] and b.grad is None
+    assert runtime.backward(function, [], [a, b]) == 0 and a.grad.tolist() == [10, 20]
+    stats = torch.tensor([1.0])
+    assert runtime.reduce([a, b], stats) is stats and a.grad.tolist() == [10, 20]
+
+
+def test_reduce_and_gather_over_ranks(monkeypatch):
+    """With a stand-in for another rank, which holds three times of everything, in the same order."""
+
+    def all_gather_object(out: list, mine) -> None:
+        out[:] = [mine, {k: 3 * v for k, v in mine.items()} if isinstance(mine, dict) else 3 * mine]
+
+    monkeypatch.setattr(train.dist, "all_reduce", lambda x: x.mul_(4))
+    monkeypatch.setattr(train.dist, "all_gather_object", all_gather_object)
+    runtime = Runtime("cpu", torch.float32, False, rank=0, world_size=2)
+    params = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    params[0].grad = torch.arange(6.0).view(2, 3)
+    assert runtime.reduce(params, torch.tensor([1.0, 2.0])).tolist() == [4, 8]
+    assert params[0].grad.tolist() == [[0, 4, 8], [12, 16, 20]] and params[1].grad.tolist() == [0] * 4
+    first, second = runtime.gather({"x": torch.tensor([1.0])})
+    assert first["x"].tolist() == [1] and second["x"].tolist() == [3]
+
+
+# ---- whole runs --------------------------------------------------------------------------------------
+
+SHAPE = [
+    "--vocab_source=custom",
+    f"--vocab_size={VOCAB}",
+    "--dim=32",
+    "--n_layers=2",
+    "--n_heads=4",
+    "--n_kv_heads=2",
+    "--multiple_of=8",
+    "--max_seq_len=64",
+]
+FLAGS = [
+    "--ppo",
+    "--init_from=resume",
+    "--device=cpu",
+    "--batch_size=8",
+    "--gradient_accumulation_steps=1",
+    "--learning_rate=3e-3",
+    "--decay_lr=False",
+    "--max_gen_len=30",
+    "--target_len=20",
+    "--start_len=6",
+    "--rollout_size=16",
+    "--critic_epochs=1",
+    "--critic_warmup=0",
+    "--ppo_epochs=2",
+    "--eval_iters=1",
+    "--eval_samples=2",
+    "--eval_interval=2",
+]
+PRETRAINED = 12  # iterations
+
+
+@pytest.fixture(scope="session")
+def base(data_dir, tmp_path_factory) -> Path:
+    """The folder of a small pretrained model, not to be changed."""
+    folder = tmp_path_factory.mktemp("base") / "out"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    how = ["--batch_size=16", "--gradient_accumulation_steps=1", "--learning_rate=1e-2", "--warmup_iters=3"]
+    how += [f"--max_iters={PRETRAINED}", f"--eval_interval={PRETRAINED}", "--eval_iters=2", "--device=cpu"]
+    train.main([*SHAPE, *how, f"--data_dir={data_dir}", f"--out_dir={folder}"])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return folder
+
+
+@pytest.fixture
+def tune(base, tmp_path, capsys):
+    """Runs train.py in this process on a copy of the base, tmp_path/name; returns what it printed."""
+
+    def run(name: str, *flags: str, all_flags=FLAGS) -> str:
+        if not (tmp_path / name).exists():
+            shutil.copytree(base, tmp_path / name)
+        train.main([*all_flags, f"--out_dir={tmp_path / name}", *flags])
+        return "".join(capsys.readouterr())
+
+    return run
+
+
+def state(folder: Path) -> dict:
+    """What ppo_ckpt.pt holds, but for names and times."""
+    checkpoint = load_checkpoint(folder / "ppo_ckpt.pt")
+    del checkpoint["config"], checkpoint["seconds"]
+    return checkpoint
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "seconds" not in k and "tok/s" not in k} for line in lines]
+
+
+ITERATION = """
+    reward kl kl_k1 kl_k3 J entropy length length_deviation ended reward/length mae beta explained_variance
+    value advantage_deviation policy_kl loss/policy clip_fraction ratio_deviation loss/value grad_norm steps
+    stopped_early episodes seconds iteration_seconds rollout_seconds tok/s rollout_tok/s
+"""
+EVALUATION = """
+    reward kl kl_k1 kl_k3 J entropy length length_deviation ended reward/length mae distinct_2
+    reference_perplexity J_optimum regret
+"""
+
+
+def test_a_run_leaves_everything_and_names_stay(tune, tmp_path, base):
+    out = tune("out", "--ppo_iters=3")
+    folder = tmp_path / "out"
+    assert {"ckpt.pt", "ppo_ckpt.pt", "ppo_best.pt", "ppo_model.bin"} < {p.name for p in folder.iterdir()}
+    for name in ("ckpt.pt", "last.pt", "model.bin"):
+        assert (folder / name).read_bytes() == (base / name).read_bytes()
+    text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    pretraining = (base / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert text[: len(pretraining)] == pretraining
+    lines = [json.loads(line) for line in text[len(pretraining) :]]
+    iterations = [line for line in lines if "ppo/reward" in line]
+    evaluations = [line for line in lines if "ppo/eval/reward" in line]
+    assert [line["iter"] for line in iterations] == [PRETRAINED + i for i in (1, 2, 3)]
+    assert [line["iter"] for line in evaluations] == [PRETRAINED + i for i in (0, 2, 3)]
+    assert all({f"ppo/{name}" for name in ITERATION.split()} | {"lr"} <= line.keys() for line in iterations)
+    assert all({f"ppo/eval/{name}" for name in EVALUATION.split()} <= line.keys() for line in evaluations)
+    assert all(math.isfinite(x) for line in lines for x in line.values())
+    assert out.count("held out after") == 3 and [line["ppo/episodes"] for line in iterations] == [16, 32, 48]
+    # the files are the policy's
+    state = load_checkpoint(folder / "ppo_ckpt.pt")
+    assert state["iter_num"] == PRETRAINED + 3 and state["best_J"] == max(
+        e["ppo/eval/J"] for e in evaluations[1:]
+    )
+    best = load_checkpoint(folder / "ppo_best.pt")
+    assert best["best_J"] == state["best_J"] and best["iter_num"] in (PRETRAINED + 2, PRETRAINED + 3)
+    policy, reference = (
+        model_from_checkpoint(load_checkpoint(path)) for path in (folder / "ppo_best.pt", base / "ckpt.pt")
+    )
+    assert same(dict(policy.state_dict()), dict(read_any(str(folder / "ppo_model.bin"))["model"]))
+    assert not same(dict(policy.state_dict()), dict(reference.state_dict()))
+    prompt = [[END]]
+    assert decode(policy, prompt, 3, (), lambda rows, x: policy.output(x).argmax(-1))[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--critic=reference", "--critic_warmup=2", "--adaptive_kl", "--kl_horizon=50", "--kl_penalty=exact"],
+        ["--critic=separate", "--reward_norm", "--kl_penalty=k1"],
+        ["--critic=shared", "--target_kl=0.002", "--ent_coef=0.01"],
+        ["--advantage=rloo", "--group_size=4", "--gradient_accumulation_steps=2"],
+    ],
+    ids=["reference", "separate", "shared", "rloo"],
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(tune, tmp_path, flags):
+    tune("whole", "--ppo_iters=4", *flags)
+    tune("parts", "--ppo_iters=2", *flags)
+    assert not same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({"iter": PRETRAINED + 3, "ppo/reward": 0.0}) + '\n{"iter": 15, "ppo/re')  # killed
+    out = tune("parts", all_flags=["--ppo", "--init_from=resume", "--ppo_iters=4", "--device=cpu"])
+    assert "ppo_ckpt.pt" in out
+    assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    for name in ("ckpt.pt", "ppo_model.bin"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert "already" in tune("parts", all_flags=["--ppo", "--init_from=resume", "--device=cpu"])
+
+
+STOPPING = """
+import os, signal
+def f(prompts, stories, tokens, ended):
+    with open(__file__ + ".calls", "a") as file:
+        file.write(".")
+    if STOP and os.path.getsize(__file__ + ".calls") == 3:  # in the second iteration
+        os.kill(os.getpid(), signal.SIGINT)
+    return [-len(row) / 100 for row in tokens]
+"""
+
+
+def test_ctrl_c_saves_and_resume_equals_uninterrupted(tune, tmp_path):
+    for name in ("whole", "cut"):
+        (tmp_path / f"{name}.py").write_text(f"STOP = {name == 'cut'}\n" + STOPPING)
+    flags = ["--ppo_iters=4", "--decay_lr=True", "--eval_interval=3"]
+    tune("whole", *flags, f"--reward={tmp_path}/whole.py:f")
+    out = tune("cut", *flags, f"--reward={tmp_path}/cut.py:f")
+    assert f"stopped after iteration {PRETRAINED + 2}, saved" in out and "to go on: python" in out
+    assert state(tmp_path / "cut")["iter_num"] == PRETRAINED + 2 and (tmp_path / "cut/ppo_model.bin").exists()
+    tune("cut", all_flags=["--ppo", "--init_from=resume", "--device=cpu"])
+    assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_killed_between_two_files_of_a_save(tune, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(path, checkpoint):
+        if str(path).endswith("ppo_ckpt.pt") and checkpoint["iter_num"] == PRETRAINED + 4:
+            raise Killed
+        real(path, checkpoint)
+
+    real = ppo.save_checkpoint
+    tune("whole", "--ppo_iters=4")
+    monkeypatch.setattr(ppo, "save_checkpoint", kill)
+    with pytest.raises(Killed):
+        tune("cut", "--ppo_iters=4")
+    monkeypatch.setattr(ppo, "save_checkpoint", real)
+    tune("cut", "--ppo_iters=4")
+    assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_pretraining_and_ppo_keep_each_others_metrics(tune, tmp_path):
+    tune("out", "--ppo_iters=1")
+    before = metrics(tmp_path / "out")
+    flags = ["--init_from=resume", f"--max_iters={PRETRAINED + 2}", "--device=cpu"]
+    tune("out", all_flags=flags)
+    assert [m for m in metrics(tmp_path / "out") if m in before] == before
+    later = [m for m in metrics(tmp_path / "out") if m not in before]
+    assert {m["iter"] for m in later} == {PRETRAINED + 1, PRETRAINED + 2}
+    assert all("loss/train" in m or "loss/val" in m for m in later)
+
+
+def test_max_iters_and_eval_only(tune, tmp_path):
+    tune("out", f"--max_iters={PRETRAINED + 1}")
+    assert state(tmp_path / "out")["iter_num"] == PRETRAINED + 2
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert tune("out", "--eval_only").count("held out after 2") == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    tune("out", "--ppo_iters=3")
+    assert state(tmp_path / "out")["iter_num"] == PRETRAINED + 3
+
+
+def test_dropout_is_off(tune, tmp_path):
+    out = tune("out", "--ppo_iters=1", "--dropout=0.1", "--batch_size=16", "--ppo_epochs=1")
+    (line,) = (m for m in metrics(tmp_path / "out") if "ppo/ratio_deviation" in m)
+    assert line["ppo/steps"] == 1 and line["ppo/ratio_deviation"] < 5e-6 and "clipped 0.0%" in out
+    assert load_checkpoint(tmp_path / "out" / "ppo_best.pt")["model_args"]["dropout"] == 0
+
+
+def test_two_ranks_equal_one(tune, tmp_path, base):
+    """Rollouts, critic and policy are shared out, and come to the same weights and metrics."""
+    flags = ["--ppo_iters=2", "--rollout_size=18", "--adam_eps=1e-3", "--critic=separate", "--critic_lr=1e-4"]
+    tune("one", *flags)
+    shutil.copytree(base, tmp_path / "two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), *FLAGS, *flags, f"--out_dir={tmp_path / 'two'}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert one["iter_num"] == two["iter_num"] == PRETRAINED + 2 and one["episodes"] == two["episodes"] == 36
+    for part in ("model", "critic"):
+        for name, tensor in one[part].items():
+            torch.testing.assert_close(two[part][name], tensor, atol=2e-5, rtol=0)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for line in (a, b):
+            line.pop("ppo/ratio_deviation", None)  # TODO: depends on how a step is cut up
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+# ---- beginners' mistakes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--ppo", "--out_dir=empty"], "--init_from=resume"),
+        (["--ppo", "--init_from=scratch"], "--init_from=resume"),
+        (["--ppo", "--init_from=resume", "--out_dir=empty"], "no checkpoint at empty/ckpt.pt"),
+        (["--lam=0.9"], "--lam is for PPO; add --ppo"),
+        (["--ppo=False", "--clip=0.1"], "--clip is for PPO; add --ppo"),
+        ([*FLAGS, "--target_len=100", "--max_gen_len=300"], "the context of 64"),
+        ([*FLAGS, "--target_len=32"], "--max_gen_len=30"),
+        ([*FLAGS, "--start_len=64"], "--start_len=64"),
+        ([*FLAGS, "--dim=64"], "--dim=64 contradicts"),
+        ([*FLAGS, "--max_seq_len=128"], "--max_seq_len=128 contradicts"),
+        ([*FLAGS, "--train_only=["], "regular expression"),
+        ([*FLAGS, "--train_only=nothing"], "matches no parameter"),
+        ([*FLAGS, "--group_size=5"], "--group_size=5"),
+        ([*FLAGS, "--advantage=rloo"], "--group_size"),
+        ([*FLAGS, "--advantage=reinforce"], "advantage"),
+        ([*FLAGS, "--clip=1"], "clip=1"),
+        ([*FLAGS, "--lam=-1"], "lam=-1"),
+        ([*FLAGS, "--reward=shortness"], "shortness"),
+        ([*FLAGS, "--reward=keyword"], "--keywords"),
+        ([*FLAGS, "--prompts=no.txt"], "no.txt"),
+        ([*FLAGS, "--dtype=bfloat16"], "float32"),
+        ([*FLAGS, "--compile"], "compil"),
+        ([*FLAGS, "--data_dir=nowhere"], "nowhere"),
+        ([*FLAGS, "--batch_size=0"], "batch_size"),
+    ],
+    ids=lambda x: x[-1] if isinstance(x, list) else "",
+)
+def test_mistakes_are_one_line(flags, message, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "out")
+    with pytest.raises(SystemExit) as e:
+        train.main(flags)
+    assert message in one_line(e)
+    assert not Path("out/ppo_ckpt.pt").exists()
+    assert Path("out/metrics.jsonl").read_bytes() == (base / "metrics.jsonl").read_bytes()
+
+
+def test_another_tokenizer_is_refused(tune, base, tmp_path):
+    shutil.copytree(base, tmp_path / "out")
+    checkpoint = load_checkpoint(base / "ckpt.pt")
+    checkpoint["config"]["tokenizer_sha256"] = "0" * 64
+    torch.save(checkpoint, tmp_path / "out" / "ckpt.pt")
+    (tmp_path / "prompts.txt").write_text("Once upon a time\n")
+    for flags in ([], [f"--prompts={tmp_path}/prompts.txt"]):
+        with pytest.raises(SystemExit) as e:
+            tune("out", "--ppo_iters=1", *flags)
+        assert "not the tokenizer" in one_line(e) or "another tokenizer" in one_line(e)
+
+
+def test_shards_without_bos_are_refused(tune, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    for path in (tmp_path / "data" / f"tok{VOCAB}").glob("*.bin"):
+        ids = np.fromfile(path, "<u2")
+        assert (ids == END).any()
+        np.where(ids == END, 5, ids).astype("<u2").tofile(path)
+    with pytest.raises(SystemExit) as e:
+        tune("out", f"--data_dir={tmp_path / 'data'}")
+    assert "BOS" in one_line(e)
+
+
+def test_another_reference_is_refused(tune, tmp_path):
+    tune("out", "--ppo_iters=1")
+    before = (tmp_path / "out" / "ppo_ckpt.pt").read_bytes()
+    original = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    changed = copy.deepcopy(original)
+    changed["model"]["norm.weight"][0] += 1e-6
+    torch.save(changed, tmp_path / "out" / "ckpt.pt")
+    with pytest.raises(SystemExit) as e:
+        tune("out", "--ppo_iters=2")
+    assert "other weights" in one_line(e) and "ckpt.pt" in one_line(e)
+    assert (tmp_path / "out" / "ppo_ckpt.pt").read_bytes() == before
+    torch.save(original, tmp_path / "out" / "ckpt.pt")
+    tune("out", "--ppo_iters=2")
+
+
+@pytest.mark.parametrize("flag", ["--critic=separate", "--critic=shared", "--train_only=norm"])
+def test_what_cannot_change_during_a_run(flag, tune):
+    tune("out", "--ppo_iters=1", "--critic=reference")
+    with pytest.raises(SystemExit) as e:
+        tune("out", "--ppo_iters=2", flag)
+    assert "cannot change during a run" in one_line(e)
+
+
+# ---- prompts -----------------------------------------------------------------------------------------
+
+
+def sources(data_dir, checkpoint, **flags):
+    cfg = TrainConfig(data_dir=data_dir, vocab_source="custom", eval_iters=2, batch_size=40, seed=3)
+    args = ModelArgs(**checkpoint["model_args"])
+    tokenizer = Tokenizer(f"{data_dir}/tok{VOCAB}.model")
+    return *train.prompts_for(cfg, PPOConfig(**flags), args, checkpoint, tokenizer), tokenizer
+
+
+def test_prompts_are_the_beginnings_of_stories(data_dir, base):
+    checkpoint = load_checkpoint(base / "ckpt.pt")
+    train_prompts, held_out, _ = sources(data_dir, checkpoint, start_len=6)
+    folder = Path(data_dir, f"tok{VOCAB}")
+    names = [shard["name"] for shard in json.loads((folder / "meta.json").read_text())["shards"]]
+    beginnings = []
+    for split in (names[:1], names[1:]):
+        ids = [x for name in split for x in np.fromfile(folder / name, "<u2").tolist()]
+        at = [i for i, x in enumerate(ids) if x == END]
+        beginnings.append(
+            {tuple(ids[i : i + n]) for i in at for n in range(1, 7) if END not in ids[i + 1 : i + n]}
+        )
+    some = [train_prompts(i, 100) for i in range(3)]
+    assert len(held_out) == 80 and all(tuple(p) in beginnings[0] for p in held_out)
+    assert all(tuple(p) in beginnings[1] for prompts in some for p in prompts)
+    assert {len(p) for p in some[0]} == {len(p) for p in held_out} == set(range(1, 7))
+    assert train_prompts(1, 100) == some[1] and some[0] != some[1]  # by the iteration's number alone
+
+
+def test_prompts_from_a_file(data_dir, base, tmp_path, tune):
+    checkpoint, path = load_checkpoint(base / "ckpt.pt"), tmp_path / "prompts.txt"
+    lines = [f"Once there was a {x}" for x in "abcdefghijklmnopqrstuvwxy"]
+    path.write_text("\n".join(lines[:7] + ["", "  "] + lines[7:]) + "\n", encoding="utf-8")
+    sample, held_out, tokenizer = sources(data_dir, checkpoint, prompts=str(path))
+    assert [tokenizer.decode(p) for p in held_out] == [lines[0], lines[10], lines[20]]
+    drawn = {tokenizer.decode(p) for p in sample(0, 500)}
+    assert drawn == set(lines) - {lines[0], lines[10], lines[20]}
+    assert sample(0, 5) == sample(0, 5) != sample(1, 5) and all(p[0] == END for p in sample(0, 5))
+    out = tune("out", "--ppo_iters=1", f"--prompts={path}")
+    assert "'Once there was a a'" in out and "'Once there was a k'" in out
+    path.write_text("Hello\nBye\n")  # too few to hold any out
+    sample, held_out, _ = sources(data_dir, checkpoint, prompts=str(path))
+    assert len(held_out) == 2 and len({tuple(p) for p in sample(0, 50)}) == 2
+    for text, message in [
+        ("\n \n", "no prompt"),
+        ("word " * 100, "context of 64"),
+        (b"\xff\xfe\xfa", "utf-8"),
+    ]:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(SystemExit) as e:
+            sources(data_dir, checkpoint, prompts=str(path))
+        assert message in one_line(e) and "prompts.txt" in one_line(e)
