@@ -86,7 +86,7 @@ class PPOConfig:
         "gae: by a critic; rloo and grpo: against the other responses to the same prompt (--group_size >= 2)",
         choices=("gae", "rloo", "grpo"),
     )
-    lam: float = opt(0.95, "lambda of GAE: 1 has no bias, less has less noise")
+    lam: float = opt(0.97, "lambda of GAE: 1 has no bias, less has less noise")
     critic: str = opt(
         "reference",
         "what the critic's value head reads: the reference's features, a trunk of its own (separate), or the "
@@ -95,8 +95,8 @@ class PPOConfig:
     )
     critic_lr: float = opt(3e-3, "the critic's learning rate; falls to 0 in every fit")
     critic_epochs: int = opt(4, "passes of the critic over the latest rollouts")
-    critic_replay: int = opt(800, "how many episodes of the latest rollouts it learns from")
-    critic_warmup: int = opt(2, "first rollouts, which move only the critic")
+    critic_replay: int = opt(1600, "how many episodes of the latest rollouts it learns from")
+    critic_warmup: int = opt(1, "first rollouts, which move only the critic")
     critic_warmup_epochs: int = opt(30, "its passes over each of those")
     vf_coef: float = opt(0.1, "weight of the value loss in a shared trunk")
     # updates
@@ -110,10 +110,7 @@ class PPOConfig:
     train_only: str = opt(
         "attention.wv", "train only parameters whose names match this regular expression; nothing: all"
     )
-    adam: str = opt(
-        "tensor", "AdamW's second moments: one per weight or per tensor", choices=("weight", "tensor")
-    )
-    adam_eps: float = opt(1e-5, "epsilon of AdamW")
+    adam_eps: float = opt(1e-2, "epsilon of AdamW; so large, weights that see but noise stay where they are")
     eval_samples: int = opt(4, "responses to each of the eval_iters * batch_size held-out prompts")
 
     def __post_init__(self):
@@ -494,39 +491,6 @@ class Critic(nn.Module):
         return self.head(torch.cat([features, self.position[:T].expand(B, T, -1)], -1))[..., 0]
 
 
-# ---- optimizer ---------------------------------------------------------------------------------------
-
-
-class TensorAdamW(torch.optim.Optimizer):
-    """AdamW with one second moment per tensor: steps of Adam's size in the direction of the mean gradient.
-
-    A second moment per weight makes the weights with the weakest signal move as far as the others, and in RL
-    most weights see little but noise. (Second moments by blocks: Zhang et al. 2024, Adam-mini.)
-    """
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros((), device=p.device)
-                state["step"] += 1
-                mean, square, t = state["exp_avg"], state["exp_avg_sq"], float(state["step"])
-                mean.lerp_(p.grad, 1 - beta1)
-                square.lerp_(p.grad.square().mean(), 1 - beta2)
-                scale = (square / (1 - beta2**t)).sqrt() + group["eps"]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(mean / scale, alpha=group["lr"] / (1 - beta1**t))
-
-
 # ---- the run -----------------------------------------------------------------------------------------
 
 
@@ -579,8 +543,7 @@ class PPO:
         if self.shared:  # its head learns along with the policy
             groups.append({"params": list(self.critic.parameters()), "weight_decay": 0.0, "critic": True})
         groups = [group for group in groups if group["params"]]
-        kind = torch.optim.AdamW if ppo.adam == "weight" else TensorAdamW
-        self.optimizer = kind(groups, betas=(cfg.beta1, cfg.beta2), eps=ppo.adam_eps)
+        self.optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=ppo.adam_eps)
         self.scorer, self.moments = Scorer(ppo, tokenizer), RunningMoments()
         self.first = self.iter_num = checkpoint.get("iter_num", 0)
         # --max_iters is the last iteration, --ppo_iters how many there are

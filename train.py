@@ -136,15 +136,15 @@ class TrainConfig:
 
 # what these are with --ppo, where they are not given
 PPO_DEFAULTS = {
-    "learning_rate": 6e-4,
-    "batch_size": 25,
+    "learning_rate": 2e-3,
+    "batch_size": 50,
     "gradient_accumulation_steps": 2,
     "beta2": 0.99,
     "weight_decay": 0.0,
-    "eval_interval": 10,
-    "eval_iters": 4,
+    "eval_interval": 5,
+    "eval_iters": 2,
 }
-PPO_ITERS = 30  # where neither --ppo_iters nor --max_iters is given
+PPO_ITERS = 15  # where neither --ppo_iters nor --max_iters is given
 
 # what a resumed run takes from the command line (or the default), not from the run it goes on with
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "device", "dtype", "compile"}

@@ -96,6 +96,9 @@ def make_run(net: Transformer | None = None, reward=None, prompts=some_prompts, 
         "critic_epochs": 1,
         "critic_replay": 16,
         "critic_warmup": 0,
+        "critic_warmup_epochs": 1,
+        "aux_coef": 0.0,
+        "adam": "weight",
         "ppo_epochs": 1,
         "clip": 0.2,
         "clip_high": 0.2,
@@ -760,33 +763,44 @@ def test_converges_to_the_tilted_reference(name):
 # ---- learning ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kl_penalty", ["exact", "k1"])
-def test_the_loss_term_by_term(kl_penalty):
+@pytest.mark.parametrize(
+    "kl_penalty, critic", [("exact", "shared"), ("k1", "shared"), ("exact", "reference")]
+)
+def test_the_loss_term_by_term(kl_penalty, critic):
     """Value and gradients of all terms, summed story by story and token by token in float64."""
+    shared = critic == "shared"
     run = make_run(
-        critic="shared", vf_coef=0.3, ent_coef=0.02, clip=0.1, clip_high=0.3, kl_penalty=kl_penalty
+        critic=critic,
+        vf_coef=0.3,
+        aux_coef=0.5,
+        ent_coef=0.02,
+        clip=0.1,
+        clip_high=0.3,
+        kl_penalty=kl_penalty,
     )
     batch = collect(run)
     g = torch.Generator().manual_seed(0)
     mask = batch["mask"]
-    batch["returns"] = torch.randn(mask.shape, generator=g)
+    batch["returns"], batch["standard_values"] = (torch.randn(mask.shape, generator=g) for _ in range(2))
     advantages, scale = torch.randn(mask.shape, generator=g), torch.tensor(0.7)
     nudge(run.policy, 0.05)  # so that some ratios are clipped
-    nudge(run.critic, 0.1)
-    policy, critic, reference = (copy.deepcopy(m).double() for m in (run.policy, run.critic, run.reference))
+    head, weight = (run.critic, 0.3) if shared else (run.aux, 0.5)
+    wanted = batch["returns" if shared else "standard_values"].double()
+    nudge(head, 0.1)
+    policy, reference, head64 = (copy.deepcopy(m).double() for m in (run.policy, run.reference, head))
     expected, clipped, k3 = 0.0, 0, 0.0
     for n, story in enumerate(batch_ids(batch)):
         tokens = torch.tensor([story])
         hidden = policy.features(tokens)
         p = policy.output(hidden)[0].log_softmax(-1)
         q = reference.output(reference.features(tokens))[0].log_softmax(-1).detach()
-        values = critic(hidden, tokens)[0]
+        values = head64(hidden, tokens)[0] if shared else head64(hidden)[0, :, 0]
         for t in range(int(batch["start"][n]) - 1, len(story) - 1):
             ratio = (p[t, story[t + 1]] - batch["logp"][n, t].double()).exp()
             A = advantages[n, t].double()
             expected = expected - torch.minimum(A * ratio, A * ratio.clamp(0.9, 1.3))
             expected = expected + 0.02 / 0.7 * (p[t].exp() * p[t]).sum()
-            expected = expected + 0.3 * (values[t] - batch["returns"][n, t].double()) ** 2
+            expected = expected + weight * (values[t] - wanted[n, t]) ** 2
             if kl_penalty == "exact":
                 expected = expected + 0.1 / 0.7 * (p[t].exp() * (p[t] - q[t])).sum()
             ratio = ratio.item()
@@ -796,9 +810,9 @@ def test_the_loss_term_by_term(kl_penalty):
     ours, stats = run.loss(batch, advantages, scale, torch.arange(16))
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     assert stats[0].item() == pytest.approx(k3, rel=1e-4) and int(stats[2]) == clipped
-    mine = [*run.policy.parameters(), *run.critic.parameters()]
+    mine = [*run.policy.parameters(), *head.parameters()]
     grads = torch.autograd.grad(ours, mine)
-    theirs = torch.autograd.grad(expected, [*policy.parameters(), *critic.parameters()])
+    theirs = torch.autograd.grad(expected, [*policy.parameters(), *head64.parameters()])
     for a, b in zip(grads, theirs, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5 * float(b.abs().max()) + 1e-5, rtol=1e-4)
 
@@ -849,13 +863,14 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut_up(monkeypatch):
     assert len(gradients(make_run(cfg=cfg, advantage="rloo", group_size=2), batch)) == 2
 
 
-def test_the_first_step_is_adamw_with_fresh_state():
+@pytest.mark.parametrize("adam", ["weight", "tensor"])
+def test_the_first_step_is_adamw_with_fresh_state(adam):
     """Clipped gradient, eps as given, and neither moments nor weight decay from pretraining."""
     cfg = {"batch_size": 16, "grad_clip": 0.05, "learning_rate": 0.01, "weight_decay": 0.2}
-    run = make_run(cfg=cfg, adam_eps=1e-4, advantage="rloo", group_size=2)
+    how = {"adam_eps": 1e-4, "adam": adam, "advantage": "rloo", "group_size": 2}
+    run, other = make_run(cfg=cfg, **how), make_run(cfg=cfg | {"grad_clip": 0.0}, **how)
     assert not run.optimizer.state
     before = {name: p.detach().double() for name, p in run.policy.named_parameters()}
-    other = make_run(cfg=cfg | {"grad_clip": 0.0}, adam_eps=1e-4, advantage="rloo", group_size=2)
     seen = []
     other.optimizer.step = lambda: seen.append([p.grad.double().clone() for p in other.policy.parameters()])
     norm = other.iteration()["ppo/grad_norm"]
@@ -864,10 +879,28 @@ def test_the_first_step_is_adamw_with_fresh_state():
     run.iteration()
     for (name, p), g in zip(run.policy.named_parameters(), seen[0], strict=True):
         g = g * 0.05 / norm
-        decay = 0.2 if p.dim() == 2 else 0.0
-        expected = before[name] * (1 - 0.01 * decay) - 0.01 * g / (g.abs() + 1e-4)
+        size = g.abs() if adam == "weight" else g.square().mean().sqrt()
+        expected = before[name] * (1 - 0.01 * (0.2 if p.dim() == 2 else 0.0)) - 0.01 * g / (size + 1e-4)
         torch.testing.assert_close(p.detach().double(), expected, atol=2e-6, rtol=0)
     assert {int(s["step"]) for s in run.optimizer.state_dict()["state"].values()} == {1}
+
+
+def test_one_second_moment_per_tensor():
+    """Five steps against the recurrences of Kingma and Ba (2015), in float64."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(3, 4, generator=g))
+    idle = torch.nn.Parameter(torch.ones(2))
+    optimizer = ppo.TensorAdamW([p, idle], lr=0.05, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1)
+    x, m, v = p.detach().double().numpy().copy(), 0.0, 0.0
+    for t in range(1, 6):
+        grad = torch.randn(3, 4, generator=g) * t
+        p.grad = grad.clone()
+        optimizer.step()
+        grad = grad.double().numpy()
+        m, v = 0.8 * m + 0.2 * grad, 0.9 * v + 0.1 * np.mean(grad**2)
+        x = x * (1 - 0.05 * 0.1) - 0.05 * m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
+        np.testing.assert_allclose(p.detach().numpy(), x, atol=2e-6)
+    assert idle.tolist() == [1, 1] and idle not in optimizer.state
 
 
 def test_train_only():
@@ -947,14 +980,19 @@ CRITICS = ["reference", "separate", "shared"]
 
 @pytest.mark.parametrize("critic", CRITICS)
 def test_values_are_zero_at_first_and_warm_up_leaves_the_policy(critic):
-    run = make_run(critic=critic, critic_warmup=3, reward=lambda tokens: [len(row) / 10 for row in tokens])
+    run = make_run(
+        critic=critic,
+        critic_warmup=1,
+        critic_warmup_epochs=3,
+        reward=lambda tokens: [len(row) / 10 for row in tokens],
+    )
     before = weights(run.policy), weights(run.reference)
     batch = collect(run)
     assert not run.values(batch).any()
     first = run.iteration()
     assert first["ppo/value"] == 0 and first["ppo/explained_variance"] == pytest.approx(0, abs=1e-6)
-    if first["ppo/steps"] == 0:  # the first iteration belongs to the critic
-        assert same((weights(run.policy), weights(run.reference)), before) and not run.optimizer.state
+    assert first["ppo/steps"] == 0  # the first iteration belongs to the critic
+    assert same((weights(run.policy), weights(run.reference)), before) and not run.optimizer.state
     after = run.values(batch)
     assert after[batch["mask"]].abs().min() > 0 and not after[~batch["mask"]].any()
     assert run.iteration()["ppo/steps"] > 0
@@ -1020,7 +1058,7 @@ def test_explained_variance_and_value_are_logged_as_defined():
 def by_hand(run: PPO, stories: list[list[int]], starts: list[int]) -> dict[str, float]:
     """What describe and evaluate tell, story by story in float64."""
     policy, reference = (copy.deepcopy(net).double() for net in (run.policy, run.reference))
-    rows, entropies, nats, pairs = [], [], [], []
+    rows, entropies, nats = [], [], []
     for story, start in zip(stories, starts, strict=True):
         with torch.no_grad():
             p, q = (net(torch.tensor([story]))[0][0].log_softmax(-1) for net in (policy, reference))
@@ -1028,7 +1066,7 @@ def by_hand(run: PPO, stories: list[list[int]], starts: list[int]) -> dict[str, 
         k1 = [float(p[t, story[t + 1]] - q[t, story[t + 1]]) for t in at]
         entropies += [-float((p[t].exp() * p[t]).sum()) for t in at]
         nats += [-float(q[t, story[t + 1]]) for t in at]
-        pairs += [(story[t], story[t + 1]) for t in at]
+        pairs = [(story[t], story[t + 1]) for t in at[1:]]  # of the response alone
         rows.append(
             {
                 "reward": -abs(len(story) - 8) / 100,
@@ -1038,16 +1076,16 @@ def by_hand(run: PPO, stories: list[list[int]], starts: list[int]) -> dict[str, 
                 "length": len(story),
                 "mae": abs(len(story) - 8),
                 "ended": story[-1] == END,
+                "distinct_2": len(set(pairs)) / len(pairs) if pairs else math.nan,
             }
         )
-    told = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    told = {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0]}
     return told | {
         "J": told["reward"] - 0.1 * told["kl"],
         "reward/length": told["reward"],
         "entropy": np.mean(entropies),
         "length_deviation": np.std([row["length"] for row in rows]),
         "reference_perplexity": math.exp(np.mean(nats)),
-        "distinct_2": len(set(pairs)) / len(pairs),
     }
 
 
@@ -1065,18 +1103,11 @@ def evaluated():
 def test_evaluation_tells_what_it_says(evaluated):
     run, told, expected = evaluated
     assert len(run.eval_prompts) == 4 and expected["kl"] > 0.1 and 0 < expected["ended"] < 1
-    expected.pop("distinct_2")
     for name, value in expected.items():
         assert told[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
     assert told["regret"] == pytest.approx(told["J_optimum"] - told["J"])
     again = {name.removeprefix("ppo/eval/"): value for name, value in run.evaluate().items()}
     assert again == told  # the same random numbers
-
-
-@pytest.mark.xfail(reason="the last pair of the longest story is left out, so padding changes it")
-def test_distinct_2_counts_every_pair(evaluated):
-    _, told, expected = evaluated
-    assert told["distinct_2"] == pytest.approx(expected["distinct_2"], abs=1e-12)
 
 
 # ---- does it learn? ----------------------------------------------------------------------------------
@@ -1176,6 +1207,10 @@ FLAGS = [
     "--rollout_size=16",
     "--critic_epochs=1",
     "--critic_warmup=0",
+    "--critic_warmup_epochs=2",
+    "--aux_coef=0",
+    "--train_only=",
+    "--adam=weight",
     "--ppo_epochs=2",
     "--eval_iters=1",
     "--eval_samples=2",
@@ -1270,12 +1305,13 @@ def test_a_run_leaves_everything_and_names_stay(tune, tmp_path, base):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--critic=reference", "--critic_warmup=2", "--adaptive_kl", "--kl_horizon=50", "--kl_penalty=exact"],
+        ["--critic=reference", "--critic_warmup=1", "--adaptive_kl", "--kl_horizon=50", "--kl_penalty=exact"],
+        ["--critic=reference", "--aux_coef=0.5", "--adam=tensor", "--train_only=wv|norm", "--critic_lr=0.1"],
         ["--critic=separate", "--reward_norm", "--kl_penalty=k1"],
         ["--critic=shared", "--target_kl=0.002", "--ent_coef=0.01"],
         ["--advantage=rloo", "--group_size=4", "--gradient_accumulation_steps=2"],
     ],
-    ids=["reference", "separate", "shared", "rloo"],
+    ids=["reference", "auxiliary task", "separate", "shared", "rloo"],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tune, tmp_path, flags):
     tune("whole", "--ppo_iters=4", *flags)
