@@ -180,6 +180,11 @@ def reward_from_file(spec: str) -> Reward:
     return function
 
 
+def wants_length(spec: str) -> bool:
+    """Whether the built-in length reward is part of --reward=spec."""
+    return any(term.rpartition("*")[2].strip() == "length" for term in spec.split("+"))
+
+
 class Scorer:
     """The weighted rewards of PPOConfig.reward, checked, with the story named that one of them fails on."""
 
@@ -223,15 +228,17 @@ class Scorer:
         stories = columns[1]
         try:
             scores = self.numbers(reward(*columns), len(stories))
-        except Exception:  # whose fault it is shows one by one
-            for i, story in enumerate(stories):
+        except Exception as together:  # the user's code may raise anything
+            cause, where = together, ""
+            for i, story in enumerate(stories):  # whose fault it is shows one by one
                 try:
                     self.numbers(reward(*([column[i]] for column in columns)), 1)
-                except Exception as e:
-                    raise SystemExit(
-                        f"the reward {name} failed with {type(e).__name__}: {e}, on the story {story[:80]!r}"
-                    ) from None
-            raise
+                except Exception as alone:
+                    cause, where = alone, f", on the story {story[:80]!r}"
+                    break
+            raise SystemExit(
+                f"the reward {name} failed with {type(cause).__name__}: {cause}{where}"
+            ) from None
         if len(bad := (~scores.isfinite()).nonzero()):
             story = stories[int(bad[0])]
             raise SystemExit(f"the reward {name} is {float(scores[bad[0]])} for the story {story[:80]!r}")
@@ -519,13 +526,13 @@ class PPO:
         self.reference.requires_grad_(False)
         self.policy = copy.deepcopy(self.reference)
         self.args = self.policy.args
-        names = [n for n, _ in self.policy.named_parameters() if re.search(ppo.train_only, n)]
-        if not names:
+        self.names = [n for n, _ in self.policy.named_parameters() if re.search(ppo.train_only, n)]
+        if not self.names:
             raise SystemExit(
                 f"--train_only={ppo.train_only} matches no parameter, such as layers.0.attention.wq.weight"
             )
         for name, p in self.policy.named_parameters():
-            p.requires_grad_(name in names)
+            p.requires_grad_(name in self.names)
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.critic, self.replay = None, []
         if ppo.advantage == "gae":
@@ -825,7 +832,7 @@ class PPO:
             self.fit_critic(ppo.critic_warmup_epochs if warmup else ppo.critic_epochs)
         values["ppo/advantage_deviation"] = float(scale)
         values |= self.summary([], stopped=False) if warmup else self.improve(batch, advantages, scale)
-        if ppo.adaptive_kl:
+        if ppo.adaptive_kl and not warmup:
             self.beta = adapt(self.beta, values["ppo/kl"], ppo, self.size)
         self.iter_num, self.episodes, self.evaluated = self.iter_num + 1, self.episodes + self.size, False
         seconds = time.perf_counter() - began
@@ -885,6 +892,7 @@ class PPO:
         if self.iter_num == self.first:
             self.evaluation["before"] = record
         self.evaluation["after"] = record
+        # over all prompts at once: few samples of each would underrate it, many would come out a little lower
         best = optimum(self.evaluation["before"]["scores"].view(1, -1), self.beta)
         shown = slice(0, 3 * samples, samples)  # a story of each of the first prompts
         self.stories = (
@@ -907,6 +915,7 @@ class PPO:
             ],
             "iter_num": self.iter_num,
             "first_iter": self.first,
+            "trained": self.names,
             "beta": self.beta,
             "moments": vars(self.moments),
             "episodes": self.episodes,
@@ -926,6 +935,8 @@ class PPO:
                 f"back, or move {path} away to begin anew"
             )
         try:
+            if state["trained"] != self.names or (state["critic"] is None) != (self.critic is None):
+                raise ValueError("other parts are trained")
             self.policy.load_state_dict(state["model"])
             load_moments(self.optimizer, state["optimizer"])
             if self.critic:
@@ -1114,7 +1125,7 @@ def report(out_dir: str) -> str:
     axes[0, 2].legend()
     ax = axes[1, 0]
     curve(ax, "length", "length, tokens")
-    if "length" in config["reward"]:
+    if wants_length(config["reward"]):
         ax.axhline(config["target_len"], color="gray", ls=":")
     ax = axes[1, 1]
     bins = range(0, int(max(before["lengths"].max(), after["lengths"].max())) + 10, 10)

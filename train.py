@@ -48,7 +48,7 @@ from model import (
     pick_device,
     save_checkpoint,
 )
-from ppo import PPO, PPOConfig, train_ppo
+from ppo import PPO, PPOConfig, train_ppo, wants_length
 from tinystories import StoryStarts, TokenBatches, command, read_meta, token_dir
 from tokenizer import CommandLine, atomic_write
 
@@ -805,7 +805,7 @@ def configure_ppo(
         print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
         print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
     longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
-    if "length" in ppo.reward and ppo.target_len > longest:
+    if wants_length(ppo.reward) and ppo.target_len > longest:
         limit = (
             f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
         )

@@ -33,9 +33,12 @@ END = 1  # the end token is BOS, as in llama2.c's story format
 
 @pytest.fixture(autouse=True)
 def leave_as_it_was():
-    """Runs take over Ctrl-C, and Runtime.start_threads the number of threads."""
+    """Runs take over Ctrl-C; and cores that share operations as small as these mostly wait for each other."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -97,8 +100,6 @@ def make_run(net: Transformer | None = None, reward=None, prompts=some_prompts, 
         "critic_replay": 16,
         "critic_warmup": 0,
         "critic_warmup_epochs": 1,
-        "aux_coef": 0.0,
-        "adam": "weight",
         "ppo_epochs": 1,
         "clip": 0.2,
         "clip_high": 0.2,
@@ -231,16 +232,14 @@ def test_a_failing_reward_names_the_story(code, named, tmp_path):
     assert named in text and "hotdog and cat" in text and "bone" not in text
 
 
-same_count = pytest.mark.xfail(reason="right for each story alone, so that the ValueError is raised again")
-
-
 @pytest.mark.parametrize(
     "result",
     [
         "1.0",
         "None",
         "[1.0] * (len(s) + 1)",
-        *(pytest.param(x, marks=same_count) for x in ("[1.0]", "{1.0}")),
+        "[1.0]",
+        "{1.0}",
     ],
 )
 def test_a_wrong_number_of_scores_is_one_line(result, tmp_path):
@@ -763,16 +762,12 @@ def test_converges_to_the_tilted_reference(name):
 # ---- learning ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kl_penalty, critic", [("exact", "shared"), ("k1", "shared"), ("exact", "reference")]
-)
-def test_the_loss_term_by_term(kl_penalty, critic):
+@pytest.mark.parametrize("kl_penalty", ["exact", "k1"])
+def test_the_loss_term_by_term(kl_penalty):
     """Value and gradients of all terms, summed story by story and token by token in float64."""
-    shared = critic == "shared"
     run = make_run(
-        critic=critic,
+        critic="shared",
         vf_coef=0.3,
-        aux_coef=0.5,
         ent_coef=0.02,
         clip=0.1,
         clip_high=0.3,
@@ -781,26 +776,24 @@ def test_the_loss_term_by_term(kl_penalty, critic):
     batch = collect(run)
     g = torch.Generator().manual_seed(0)
     mask = batch["mask"]
-    batch["returns"], batch["standard_values"] = (torch.randn(mask.shape, generator=g) for _ in range(2))
+    batch["returns"] = torch.randn(mask.shape, generator=g)
     advantages, scale = torch.randn(mask.shape, generator=g), torch.tensor(0.7)
     nudge(run.policy, 0.05)  # so that some ratios are clipped
-    head, weight = (run.critic, 0.3) if shared else (run.aux, 0.5)
-    wanted = batch["returns" if shared else "standard_values"].double()
-    nudge(head, 0.1)
-    policy, reference, head64 = (copy.deepcopy(m).double() for m in (run.policy, run.reference, head))
+    nudge(run.critic, 0.1)
+    policy, critic, reference = (copy.deepcopy(m).double() for m in (run.policy, run.critic, run.reference))
     expected, clipped, k3 = 0.0, 0, 0.0
     for n, story in enumerate(batch_ids(batch)):
         tokens = torch.tensor([story])
         hidden = policy.features(tokens)
         p = policy.output(hidden)[0].log_softmax(-1)
         q = reference.output(reference.features(tokens))[0].log_softmax(-1).detach()
-        values = head64(hidden, tokens)[0] if shared else head64(hidden)[0, :, 0]
+        values = critic(hidden, tokens)[0]
         for t in range(int(batch["start"][n]) - 1, len(story) - 1):
             ratio = (p[t, story[t + 1]] - batch["logp"][n, t].double()).exp()
             A = advantages[n, t].double()
             expected = expected - torch.minimum(A * ratio, A * ratio.clamp(0.9, 1.3))
             expected = expected + 0.02 / 0.7 * (p[t].exp() * p[t]).sum()
-            expected = expected + weight * (values[t] - wanted[n, t]) ** 2
+            expected = expected + 0.3 * (values[t] - batch["returns"][n, t].double()) ** 2
             if kl_penalty == "exact":
                 expected = expected + 0.1 / 0.7 * (p[t].exp() * (p[t] - q[t])).sum()
             ratio = ratio.item()
@@ -810,9 +803,9 @@ def test_the_loss_term_by_term(kl_penalty, critic):
     ours, stats = run.loss(batch, advantages, scale, torch.arange(16))
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     assert stats[0].item() == pytest.approx(k3, rel=1e-4) and int(stats[2]) == clipped
-    mine = [*run.policy.parameters(), *head.parameters()]
+    mine = [*run.policy.parameters(), *run.critic.parameters()]
     grads = torch.autograd.grad(ours, mine)
-    theirs = torch.autograd.grad(expected, [*policy.parameters(), *head64.parameters()])
+    theirs = torch.autograd.grad(expected, [*policy.parameters(), *critic.parameters()])
     for a, b in zip(grads, theirs, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5 * float(b.abs().max()) + 1e-5, rtol=1e-4)
 
@@ -863,11 +856,10 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut_up(monkeypatch):
     assert len(gradients(make_run(cfg=cfg, advantage="rloo", group_size=2), batch)) == 2
 
 
-@pytest.mark.parametrize("adam", ["weight", "tensor"])
-def test_the_first_step_is_adamw_with_fresh_state(adam):
+def test_the_first_step_is_adamw_with_fresh_state():
     """Clipped gradient, eps as given, and neither moments nor weight decay from pretraining."""
     cfg = {"batch_size": 16, "grad_clip": 0.05, "learning_rate": 0.01, "weight_decay": 0.2}
-    how = {"adam_eps": 1e-4, "adam": adam, "advantage": "rloo", "group_size": 2}
+    how = {"adam_eps": 1e-4, "advantage": "rloo", "group_size": 2}
     run, other = make_run(cfg=cfg, **how), make_run(cfg=cfg | {"grad_clip": 0.0}, **how)
     assert not run.optimizer.state
     before = {name: p.detach().double() for name, p in run.policy.named_parameters()}
@@ -879,28 +871,9 @@ def test_the_first_step_is_adamw_with_fresh_state(adam):
     run.iteration()
     for (name, p), g in zip(run.policy.named_parameters(), seen[0], strict=True):
         g = g * 0.05 / norm
-        size = g.abs() if adam == "weight" else g.square().mean().sqrt()
-        expected = before[name] * (1 - 0.01 * (0.2 if p.dim() == 2 else 0.0)) - 0.01 * g / (size + 1e-4)
+        expected = before[name] * (1 - 0.01 * (0.2 if p.dim() == 2 else 0.0)) - 0.01 * g / (g.abs() + 1e-4)
         torch.testing.assert_close(p.detach().double(), expected, atol=2e-6, rtol=0)
     assert {int(s["step"]) for s in run.optimizer.state_dict()["state"].values()} == {1}
-
-
-def test_one_second_moment_per_tensor():
-    """Five steps against the recurrences of Kingma and Ba (2015), in float64."""
-    g = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(3, 4, generator=g))
-    idle = torch.nn.Parameter(torch.ones(2))
-    optimizer = ppo.TensorAdamW([p, idle], lr=0.05, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1)
-    x, m, v = p.detach().double().numpy().copy(), 0.0, 0.0
-    for t in range(1, 6):
-        grad = torch.randn(3, 4, generator=g) * t
-        p.grad = grad.clone()
-        optimizer.step()
-        grad = grad.double().numpy()
-        m, v = 0.8 * m + 0.2 * grad, 0.9 * v + 0.1 * np.mean(grad**2)
-        x = x * (1 - 0.05 * 0.1) - 0.05 * m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
-        np.testing.assert_allclose(p.detach().numpy(), x, atol=2e-6)
-    assert idle.tolist() == [1, 1] and idle not in optimizer.state
 
 
 def test_train_only():
@@ -1208,9 +1181,7 @@ FLAGS = [
     "--critic_epochs=1",
     "--critic_warmup=0",
     "--critic_warmup_epochs=2",
-    "--aux_coef=0",
     "--train_only=",
-    "--adam=weight",
     "--ppo_epochs=2",
     "--eval_iters=1",
     "--eval_samples=2",
@@ -1306,12 +1277,12 @@ def test_a_run_leaves_everything_and_names_stay(tune, tmp_path, base):
     "flags",
     [
         ["--critic=reference", "--critic_warmup=1", "--adaptive_kl", "--kl_horizon=50", "--kl_penalty=exact"],
-        ["--critic=reference", "--aux_coef=0.5", "--adam=tensor", "--train_only=wv|norm", "--critic_lr=0.1"],
+        ["--critic=reference", "--train_only=wv|norm", "--critic_replay=40", "--lam=0.9"],
         ["--critic=separate", "--reward_norm", "--kl_penalty=k1"],
         ["--critic=shared", "--target_kl=0.002", "--ent_coef=0.01"],
         ["--advantage=rloo", "--group_size=4", "--gradient_accumulation_steps=2"],
     ],
-    ids=["reference", "auxiliary task", "separate", "shared", "rloo"],
+    ids=["reference", "part of the weights", "separate", "shared", "rloo"],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tune, tmp_path, flags):
     tune("whole", "--ppo_iters=4", *flags)
@@ -1383,6 +1354,19 @@ def test_pretraining_and_ppo_keep_each_others_metrics(tune, tmp_path):
     assert all("loss/train" in m or "loss/val" in m for m in later)
 
 
+def test_beginning_anew_forgets_the_run_before(tune, tmp_path):
+    tune("out", "--ppo_iters=2")
+    before = metrics(tmp_path / "out"), state(tmp_path / "out")
+    (tmp_path / "out" / "ppo_ckpt.pt").unlink()
+    tune("out", "--ppo_iters=2")
+    assert same((metrics(tmp_path / "out"), state(tmp_path / "out")), before)
+
+
+def test_target_len_is_for_the_length_reward_alone(tune, tmp_path):
+    (tmp_path / "wordlength.py").write_text("def f(p, s, t, e): return [len(x) for x in s]")
+    tune("out", "--ppo_iters=1", "--target_len=1000", f"--reward={tmp_path}/wordlength.py:f")
+
+
 def test_max_iters_and_eval_only(tune, tmp_path):
     tune("out", f"--max_iters={PRETRAINED + 1}")
     assert state(tmp_path / "out")["iter_num"] == PRETRAINED + 2
@@ -1416,8 +1400,6 @@ def test_two_ranks_equal_one(tune, tmp_path, base):
         for name, tensor in one[part].items():
             torch.testing.assert_close(two[part][name], tensor, atol=2e-5, rtol=0)
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        for line in (a, b):
-            line.pop("ppo/ratio_deviation", None)  # TODO: depends on how a step is cut up
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
