@@ -86,7 +86,7 @@ class PPOConfig:
         "gae: by a critic; rloo and grpo: against the other responses to the same prompt (--group_size >= 2)",
         choices=("gae", "rloo", "grpo"),
     )
-    lam: float = opt(0.97, "lambda of GAE: 1 has no bias, less has less noise")
+    lam: float = opt(0.99, "lambda of GAE: 1 has no bias, less has less noise")
     critic: str = opt(
         "reference",
         "what the critic's value head reads: the reference's features, a trunk of its own (separate), or the "
@@ -101,15 +101,16 @@ class PPOConfig:
     vf_coef: float = opt(0.1, "weight of the value loss in a shared trunk")
     # updates
     ppo_epochs: int = opt(2, "passes of the policy over each rollout")
-    clip: float = opt(0.2, "how far below 1 the probability ratio is followed")
-    clip_high: float = opt(0.2, "how far above")
+    clip: float = opt(0.8, "how far below 1 the probability ratio is followed")
+    clip_high: float = opt(
+        5.0,
+        "how far above; the usual 0.2 lets rare tokens, such as the end, become 20% likelier an iteration",
+    )
     target_kl: float = opt(
-        0.05, "stop an iteration's passes when old and new policy differ by this (k3); 0: never"
+        0.02, "stop an iteration's passes when old and new policy differ by this (k3); 0: never"
     )
     ent_coef: float = opt(0.0, "weight of an entropy bonus")
-    train_only: str = opt(
-        "attention.wv", "train only parameters whose names match this regular expression; nothing: all"
-    )
+    train_only: str = opt("", "train only parameters whose names match this regular expression")
     adam_eps: float = opt(1e-2, "epsilon of AdamW; so large, weights that see but noise stay where they are")
     eval_samples: int = opt(4, "responses to each of the eval_iters * batch_size held-out prompts")
 

@@ -136,7 +136,7 @@ class TrainConfig:
 
 # what these are with --ppo, where they are not given
 PPO_DEFAULTS = {
-    "learning_rate": 2e-3,
+    "learning_rate": 5e-4,
     "batch_size": 50,
     "gradient_accumulation_steps": 2,
     "beta2": 0.99,
