@@ -33,7 +33,7 @@ demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells i
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 	python train.py --data_dir=demo --out_dir=demo/out --init_from=resume --ppo --target_len=100 --max_gen_len=220 \
-	  --init_kl_coef=0.05 --ppo_iters=12 --rollout_size=200 --eval_interval=12
+	  --init_kl_coef=0.02 --learning_rate=2e-2 --ppo_iters=12 --rollout_size=200 --eval_interval=12 --eval_samples=1
 	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 

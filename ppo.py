@@ -1006,11 +1006,11 @@ def progress(run: PPO, values: dict[str, float]) -> str:
     v = {name.removeprefix("ppo/"): value for name, value in values.items()}
     parts = [f"{name.removeprefix('reward/')} {v[name]:.3f}" for name in v if name.startswith("reward/")]
     parts = f" ({', '.join(parts)})" if len(parts) > 1 else f", MAE {v['mae']:.1f}" if "mae" in v else ""
-    left = (run.last - run.iter_num) * v["iteration_seconds"]
+    left, kl = (run.last - run.iter_num) * v["iteration_seconds"], max(v["kl"], 0.0)  # no -0.00
     eta = f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
     stop = ", stopped early" * bool(v["stopped_early"])
     return (
-        f"{run.iter_num} | reward {v['reward']:.3f}{parts} | J {v['J']:.3f} | KL {v['kl']:.2f} | entropy "
+        f"{run.iter_num} | reward {v['reward']:.3f}{parts} | J {v['J']:.3f} | KL {kl:.2f} | entropy "
         f"{v['entropy']:.2f} | clipped {100 * v['clip_fraction']:.1f}% | length {v['length']:.1f} ± "
         f"{v['length_deviation']:.1f}, {100 * v['ended']:.0f}% ended | {v['tok/s']:,.0f} tok/s, "
         f"{v['iteration_seconds']:.1f} s{stop} | {eta} left"
@@ -1023,7 +1023,7 @@ def verdict(run: PPO, values: dict[str, float], best: bool) -> str:
     mae = f", MAE {v['mae']:.2f}" if "mae" in v else ""
     return (
         f"held out after {run.iter_num - run.first} iterations: J {v['J']:.3f} (optimum about "
-        f"{v['J_optimum']:.2f}), reward {v['reward']:.3f}{mae}, KL {v['kl']:.2f}, "
+        f"{v['J_optimum']:.2f}), reward {v['reward']:.3f}{mae}, KL {abs(v['kl']):.2f}, "
         f"length {v['length']:.1f} ± {v['length_deviation']:.1f}, {100 * v['ended']:.1f}% ended, "
         f"perplexity under the reference {v['reference_perplexity']:.2f}, distinct-2 {v['distinct_2']:.3f}"
         + " (best so far)"
