@@ -590,6 +590,8 @@ class PPO:
         if batch:
             batch["reference"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
             batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = self.compare(batch)
+            if not self.shared:  # the largest tensor, and of no more use
+                del batch["features"]
         if runtime.world_size > 1:
             batch = join([part for part in runtime.gather(batch) if part])
         batch["seconds"] = torch.tensor(seconds)
@@ -1108,8 +1110,9 @@ def report(out_dir: str) -> str:
         )
     config, before, after = state["config"], state["evaluation"]["before"], state["evaluation"]["after"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    first, episodes = steps[0]["iter"] - 1, [x["ppo/episodes"] for x in steps]
-    held_out = [(x["iter"] - first) * episodes[0] for x in evals]
+    size = steps[0]["ppo/episodes"]
+    first, episodes = steps[0]["iter"] - 1, [x["ppo/episodes"] - size for x in steps]  # before each rollout
+    held_out = [(x["iter"] - first) * size for x in evals]
 
     def curve(ax, name: str, label: str) -> None:
         ax.plot(episodes, [x[f"ppo/{name}"] for x in steps], color="tab:blue", alpha=0.6, label="rollouts")
