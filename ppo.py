@@ -590,8 +590,6 @@ class PPO:
         if batch:
             batch["reference"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
             batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = self.compare(batch)
-            if not self.shared:  # the largest tensor, and of no more use
-                del batch["features"]
         if runtime.world_size > 1:
             batch = join([part for part in runtime.gather(batch) if part])
         batch["seconds"] = torch.tensor(seconds)
@@ -791,7 +789,7 @@ class PPO:
                 k3(old, logp).sum(),
                 losses.sum(),
                 clipped.sum(),
-                (ratio - 1).abs().max() * len(ratio),
+                (ratio - 1).abs().sum(),
                 value_loss,
             ]
         return total, torch.stack([x.detach().double().to(total.device) for x in stats])
@@ -821,6 +819,8 @@ class PPO:
         prompts = [prompt for prompt in prompts for _ in range(ppo.group_size)]
         u = torch.rand(self.size, ppo.max_gen_len, generator=self.generator(1, self.iter_num))
         batch = self.collect(prompts, u)
+        if not self.shared:  # the largest tensor, and of no more use
+            del batch["features"]
         values = self.describe(batch) | {"ppo/beta": self.beta, "lr": self.learning_rate()}
         advantages, scale = self.advantages(batch)
         if self.critic is not None:
