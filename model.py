@@ -187,7 +187,7 @@ class KVCache:
         shape = (args.n_layers, len(start), K, *((D, slots) if self.transposed else (slots, D)))
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)  # (layer, B, K, ...)
         self.weights: dict[tuple[nn.Linear, ...], torch.Tensor] = {}
-        self.used, self.limit, self.slots = 0, args.max_seq_len, slots
+        self.used, self.limit = 0, args.max_seq_len
         self.ragged = any(start)
         self.start = torch.tensor(start, device=like.device)
 

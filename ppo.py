@@ -324,10 +324,8 @@ def rollout(
     tokens = torch.zeros(N, T, dtype=torch.long)
     for row, prompt, ids in zip(tokens, prompts, new, strict=True):
         row[: len(prompt) + len(ids)] = torch.tensor([*prompt, *ids])
-    logp, features = (
-        torch.zeros(N, T - 1, device=device),
-        torch.zeros(N, T - 1, policy.args.dim, device=device),
-    )
+    logp = torch.zeros(N, T - 1, device=device)
+    features = torch.zeros(N, T - 1, policy.args.dim, device=device)
     for step, (rows, step_logp, step_features) in enumerate(steps):
         at = start[rows] - 1 + step
         real = at < end[rows] - 1  # rows that have ended stay in the batch for a while
@@ -539,9 +537,8 @@ class PPO:
         if ppo.advantage == "gae":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.seed)
-                trunk = (
-                    copy.deepcopy(self.reference).requires_grad_(True) if ppo.critic == "separate" else None
-                )
+                separate = ppo.critic == "separate"
+                trunk = copy.deepcopy(self.reference).requires_grad_(True) if separate else None
                 self.critic = Critic(self.args, trunk).to(runtime.device)
         self.shared = self.critic is not None and ppo.critic == "shared"
         groups = [
@@ -713,8 +710,8 @@ class PPO:
 
         Returns the statistics; where the first of them exceeds limit (0: none), the step is not made.
         """
-        mine = length_parts(index, batch["end"], 1)  # sorted by length, one by one, dealt out to the ranks
-        mine = torch.cat(mine)[self.runtime.rank :: self.runtime.world_size]
+        index = index[batch["end"][index].argsort(stable=True)]  # dealt out so that ranks get like lengths
+        mine = index[self.runtime.rank :: self.runtime.world_size]
         stats = self.runtime.backward(loss, self.parts(mine, batch), params)
         stats = self.runtime.reduce(params, stats)
         self.grad_norm = nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
@@ -886,9 +883,8 @@ class PPO:
             )
         ]
         distinct = [len(set(zip(x, x[1:], strict=False))) / (len(x) - 1) for x in stories if len(x) > 1]
-        values["ppo/distinct_2"] = sum(distinct) / max(
-            len(distinct), 1
-        )  # of a story's pairs, how many differ
+        # of a story's pairs of tokens, how many differ
+        values["ppo/distinct_2"] = sum(distinct) / max(len(distinct), 1)
         nats = -masked_mean(batch["reference_logp"], batch["mask"])
         values["ppo/reference_perplexity"] = math.exp(min(float(nats), 700))
         record = {"scores": batch["scores"].sum(1).view(-1, samples).cpu(), "lengths": batch["end"].cpu()}
@@ -1023,14 +1019,13 @@ def verdict(run: PPO, values: dict[str, float], best: bool) -> str:
     """One line about a held-out evaluation."""
     v = {name.removeprefix("ppo/eval/"): value for name, value in values.items()}
     mae = f", MAE {v['mae']:.2f}" if "mae" in v else ""
-    return (
+    line = (
         f"held out after {run.iter_num - run.first} iterations: J {v['J']:.3f} (optimum about "
         f"{v['J_optimum']:.2f}), reward {v['reward']:.3f}{mae}, KL {abs(v['kl']):.2f}, "
         f"length {v['length']:.1f} ± {v['length_deviation']:.1f}, {100 * v['ended']:.1f}% ended, "
         f"perplexity under the reference {v['reference_perplexity']:.2f}, distinct-2 {v['distinct_2']:.3f}"
-        + " (best so far)"
-        * best
     )
+    return line + " (best so far)" * best
 
 
 def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transformer], None]) -> None:
@@ -1071,7 +1066,10 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transfor
 def read_metrics(path: str) -> tuple[list[dict], list[dict]]:
     """PPO's lines of a metrics.jsonl: iterations, and held-out evaluations."""
     if not os.path.exists(path):
-        raise SystemExit(f"no {path}; to make one, run: python train.py --init_from=resume --ppo --out_dir=…")
+        raise SystemExit(
+            f"no {path}; to make one, run: python train.py --init_from=resume --ppo "
+            f"--out_dir={os.path.dirname(path) or '.'}"
+        )
     with open(path, encoding="utf-8") as f:
         lines = [json.loads(line) for line in f if line.endswith("\n")]
     return [x for x in lines if "ppo/kl" in x], [x for x in lines if "ppo/eval/kl" in x]

@@ -48,12 +48,10 @@ from model import (
     pick_device,
     save_checkpoint,
 )
-from ppo import PPO, PPOConfig, train_ppo, wants_length
+from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, train_ppo, wants_length
 from tinystories import StoryStarts, TokenBatches, command, read_meta, token_dir
 from tokenizer import CommandLine, atomic_write
 
-# Tokens that a CPU core works on at a time: activations of this many stay in its caches
-CPU_CHUNK_TOKENS = 1024
 # Above so many parameters the gradients of several parts at once would take too much memory
 THREADED_PARAMETERS = 50_000_000
 # Peak dense bf16 FLOP/s by a part of the device's name, for MFU
@@ -462,14 +460,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> bool
     """Take over moments, not hyperparameters: those come from the flags. False if there are no moments."""
     if not state or not state["state"]:
         return False
-    ours = optimizer.state_dict()
-    for group, saved in zip(ours["param_groups"], state["param_groups"], strict=True):
-        if group["params"] != saved["params"]:
-            raise SystemExit(
-                "the checkpoint's optimizer state is of another model; start from its weights "
-                "alone with --init_from=PATH and another --out_dir"
-            )
-    optimizer.load_state_dict(ours | {"state": state["state"]})
+    try:
+        load_moments(optimizer, state)
+    except ValueError:
+        raise SystemExit(
+            "the checkpoint's optimizer state is of another model; start from its weights "
+            "alone with --init_from=PATH and another --out_dir"
+        ) from None
     return True
 
 
@@ -520,7 +517,7 @@ def split_batch(
     x: torch.Tensor, y: torch.Tensor, runtime: Runtime
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(x, y), both (B, T), in parts of as many rows as the device should work on at a time."""
-    rows = max(1, CPU_CHUNK_TOKENS // x.shape[1]) if runtime.kind == "cpu" else len(x)
+    rows = max(1, CPU_PART_TOKENS // x.shape[1]) if runtime.kind == "cpu" else len(x)
     return list(zip(x.split(rows), y.split(rows), strict=True))
 
 
@@ -765,15 +762,14 @@ def configure_ppo(
     model_given: dict, given: dict, ppo_given: dict
 ) -> tuple[TrainConfig, PPOConfig, dict, dict | None]:
     """Settings, the reference's checkpoint, and the state of a PPO run to go on with, if there is one."""
-    out_dir = TrainConfig(out_dir=given.get("out_dir", TrainConfig.out_dir)).out_dir
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
     path, state_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ppo_ckpt.pt"))
     if given.get("init_from") not in ("resume", "auto"):
         raise SystemExit(f"--ppo fine-tunes {path}; add --init_from=resume")
     checkpoint = load_checkpoint(path)
     state = load_checkpoint(state_path) if os.path.exists(state_path) else None
     try:
-        free = {"dropout": 0.0}  # max_seq_len, too, is what it was
-        args = ModelArgs(**checkpoint["model_args"] | free)
+        args = ModelArgs(**checkpoint["model_args"])
         for name, value in model_given.items():
             if name != "dropout" and not agrees(name, value, args):
                 raise SystemExit(

@@ -36,3 +36,16 @@ def data_dir(tmp_path_factory) -> str:
 @pytest.fixture
 def rng() -> random.Random:
     return random.Random(0)
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, tensors and plain values alike."""
+    import torch  # slow, and not every test file needs it
+
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

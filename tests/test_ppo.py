@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB
+from conftest import ROOT, VOCAB, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,17 +142,6 @@ def scripted(monkeypatch) -> None:
 
 def script(rows: list[list[int]], width: int) -> torch.Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows]) / 1000
-
-
-def same(a, b) -> bool:
-    """Equal to the last bit, tensors and plain values alike."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def weights(module: torch.nn.Module) -> dict:

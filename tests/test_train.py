@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, shared_data
+from conftest import ROOT, VOCAB, same, shared_data
 
 import train
 from export import read_bin
@@ -51,17 +51,6 @@ def fit(data_dir, tmp_path, capsys):
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def same(a, b) -> bool:
-    """Equal to the last bit, tensors and plain values alike."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def state(folder: Path) -> dict:
@@ -197,7 +186,7 @@ def test_a_step_equals_adamw_by_hand(micro_batches, chunk, monkeypatch):
     """However the tokens are cut up: the mean gradient, clipped, then the update of Loshchilov and Hutter
     (2019).
     """
-    monkeypatch.setattr(train, "CPU_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(train, "CPU_PART_TOKENS", chunk)
     torch.manual_seed(0)
     net = train.Transformer(train.ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=16))
     cfg = TrainConfig(
