@@ -1092,13 +1092,6 @@ def frontier(scores: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
 
 def report(out_dir: str) -> str:
     """Draw out_dir/report.png from metrics.jsonl and ppo_ckpt.pt; returns its path."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise SystemExit("the report needs a package; run: pip install matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     steps, evals = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
     state = load_checkpoint(os.path.join(out_dir, "ppo_ckpt.pt"))
     if not steps or "before" not in state.get("evaluation", {}):
@@ -1106,6 +1099,13 @@ def report(out_dir: str) -> str:
             f"{out_dir} holds no iteration of PPO yet; run: python train.py --out_dir={out_dir} "
             "--init_from=resume --ppo"
         )
+    if not importlib.util.find_spec("matplotlib"):
+        raise SystemExit("the report needs a package; run: pip install matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     config, before, after = state["config"], state["evaluation"]["before"], state["evaluation"]["after"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     size = steps[0]["ppo/episodes"]

@@ -1366,6 +1366,33 @@ def test_max_iters_and_eval_only(tune, tmp_path):
     assert state(tmp_path / "out")["iter_num"] == PRETRAINED + 3
 
 
+def test_frontier_of_two_outcomes():
+    """Scores 0 and 1, equally likely: best of n is 1 - 2^-n (n small beside m), the optima are logistic."""
+    scores = torch.tensor([0.0, 1.0]).repeat(1, 500)
+    curves = ppo.frontier(scores)
+    for n, (kl, reward) in zip([1, 2, 4, 8], curves["best"], strict=False):
+        assert reward == pytest.approx(1 - 0.5**n, abs=2e-3)
+        assert kl == pytest.approx(math.log(n) - (n - 1) / n)
+    for beta, (kl, reward) in zip(torch.logspace(1, -2, 60).tolist(), curves["optimum"], strict=False):
+        p = 1 / (1 + math.exp(-1 / beta))
+        q = 1 - p
+        assert reward == pytest.approx(p, abs=1e-6)
+        assert kl == pytest.approx(math.log(2) + p * math.log(p) + (q * math.log(q) if q else 0), abs=1e-6)
+
+
+def test_report_draws_and_says_what_is_missing(tune, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="metrics.jsonl; to make one, run: python train.py") as e:
+        ppo.main(["report", str(tmp_path / "nowhere")])
+    assert "\n" not in str(e.value)
+    tune("out", "--ppo_iters=2", "--eval_interval=1")
+    ppo.main(["report", str(tmp_path / "out")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.png")
+    assert (tmp_path / "out" / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    monkeypatch.setattr(ppo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        ppo.main(["report", str(tmp_path / "out")])
+
+
 def test_dropout_is_off(tune, tmp_path):
     out = tune("out", "--ppo_iters=1", "--dropout=0.1", "--batch_size=16", "--ppo_epochs=1")
     (line,) = (m for m in metrics(tmp_path / "out") if "ppo/ratio_deviation" in m)
