@@ -11,7 +11,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 8
 
 run: run.c  ## build run, the inference program
-	$(CC) -std=c11 $(CFLAGS) -o $@ run.c -lm
+	$(CC) -std=c11 $(CFLAGS) -o $@ run.c -lm -lpthread
 
 # the stamps change when what they install changes
 $(VENV)/installed: requirements.txt

@@ -1,7 +1,7 @@
 /*
  * run.c - inference for Llama models on the CPU, in one file of plain C11.
  *
- *   cc -O3 -ffp-contract=off -o run run.c -lm
+ *   cc -O3 -ffp-contract=off -o run run.c -lm -lpthread
  *   ./run model.bin -z data/tok4096.bin -i "Once upon a time" -t 0.8
  *   ./run --help
  *
@@ -10,9 +10,13 @@
  * Nothing in a file is believed before it is checked: sizes are computed with overflow checks and must equal
  * the file's real size, so a damaged file is one line on stderr and exit code 1.
  *
- * Not for: training, other architectures, batches, big-endian machines.
+ * The matrix kernels are read several times, for each instruction set once: this file includes itself. With ISA
+ * defined it is those kernels alone (the part at the end).
+ *
+ * Not for: training, other architectures, GPUs, big-endian machines.
  */
-#define _POSIX_C_SOURCE 200809L
+#ifndef ISA
+#define _GNU_SOURCE  // sched_getaffinity
 #define _FILE_OFFSET_BITS 64   // files above 2 GB on 32-bit systems
 #define _CRT_SECURE_NO_WARNINGS
 
@@ -20,8 +24,11 @@
 #include <float.h>
 #include <limits.h>
 #include <math.h>
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -32,11 +39,16 @@
 #ifdef _WIN32
     #include <fcntl.h>
     #include <io.h>
+    #include <windows.h>
     #define isatty _isatty
     #define fileno _fileno
 #else
     #include <sys/mman.h>
+    #include <sys/resource.h>
     #include <unistd.h>
+#endif
+#ifdef __APPLE__
+    #include <sys/sysctl.h>
 #endif
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -92,41 +104,61 @@ typedef struct {
     Tensor wcls;             // (vocab_size, dim)
 } Weights;
 
-typedef struct {      // the input of a matmul; q and scale are filled by quantize() and stay unused for fp32
-    float *f;         // (n,)
-    int8_t *q;        // (n,)
-    float *scale;     // (n / group,)
+typedef struct {          // the input of a matmul: rows of `width` values, cols rounded up to STEP, zeros behind
+    float *f;             // (rows, width)
+    int8_t *q;            // (rows, width) quantize() makes this of f, and what follows; fp32 weights need none
+    float *scale;         // (rows, width) of which a group has one
+    float *lane_scale;    // (rows, width / 4) the same for each lane of a vector
+    int32_t *lane_bias;   // (rows, width / 4) -128 times the lane's sum: takes out what makes weights unsigned
+    size_t width;
 } Activation;
 
+typedef struct {      // what attention remembers of one text, in which room grows with it
+    float *keys;      // (n_layers, n_kv_heads, head_size, room): scores of neighbouring positions lie together
+    float *values;    // (n_layers, n_kv_heads, head_size, room)
+    int room;         // positions, a multiple of LANES
+} Memory;
+
+typedef struct {      // a token to feed: all positions of its text before pos were fed, or come before it here
+    int token, pos;
+    Memory *memory;
+} Row;
+
 typedef struct {
-    float *x;            // (dim,) the residual stream
-    Activation xb;       // (dim,) normalised x, then the heads' output
-    float *xb2;          // (dim,) what a block adds to x
-    Activation hb;       // (hidden_dim,)
-    float *hb2;          // (hidden_dim,)
-    float *q;            // (n_heads, head_size)
-    float *k;            // (n_kv_heads, head_size)
-    float *att;          // (n_positions,) one head's scores
-    float *logits;       // (vocab_size,)
-    float *key_cache;    // (n_layers, kv_dim, n_positions): scores of all positions are computed at once
-    float *value_cache;  // (n_layers, n_positions, kv_dim)
-    float *rope;         // (n_positions, head_size / 2, 2) cosine and sine
-    int n_positions;     // room in the caches, at most seq_len
+    int rows;            // room for so many tokens at once
+    float *x;            // (rows, dim) the residual stream
+    Activation xb;       // (rows, dim) normalised x, then the heads' output
+    Activation hb;       // (rows, hidden_dim)
+    Activation *own;     // (threads,) a row for each thread, of dim or hidden_dim
+    float *add;          // (rows, dim) what a block adds to x
+    float *hb2;          // (rows, hidden_dim)
+    float *q;            // (rows, n_heads, head_size)
+    float *k, *v;        // (rows, n_kv_heads, head_size)
+    float *scores;       // (threads, room) one head's
+    float *logits;       // (logit_rows, vocab_width)
+    int logit_rows;
+    size_t vocab_width;  // vocab_size rounded up to LANES
+    float *rope;         // (room, head_size / 2, 2) cosine and sine
+    int room;            // positions, in rope and scores
 } RunState;
+
+typedef struct {      // one instruction set's; see there
+    const char *name;
+    void (*softmax)(float *x, int n);
+    void (*rmsnorm)(float *out, const float *x, const float *weight, int n, float eps);
+    void (*quantize)(Activation *x, int row, int n, int group);
+    void (*matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to);
+    void (*swiglu)(float *gate, const float *up, int n);
+    void (*attend)(float *out, const float *q, const float *keys, const float *values, size_t room, int size,
+                   int last, float *scores);
+    bool (*finite)(const float *x, int n);
+} Kernels;
 
 typedef struct {
     const unsigned char *data;
     size_t size;
     bool mapped;  // by mmap, else malloc'ed
 } File;
-
-typedef struct {
-    const char *path;
-    File file;  // the weights point into it
-    Config config;
-    Weights weights;
-    RunState state;
-} Model;
 
 typedef struct {      // text by length: it may hold NUL bytes
     char *data;
@@ -237,6 +269,544 @@ static void flush_stdout(void) {
 // Values inside a mapped file may lie at any address; memcpy compiles to a plain load.
 static int32_t i32_at(const unsigned char *p) { int32_t v; memcpy(&v, p, sizeof v); return v; }
 static float f32_at(const unsigned char *p) { float v; memcpy(&v, p, sizeof v); return v; }
+
+// ---------------------------------------------------------------------------------------------------------
+// Threads: all of them run the same forward pass, each its share of the rows, and meet at barriers
+
+typedef struct {
+    int n;                   // threads, the caller's included
+    atomic_uint phase;       // how often all have met
+    atomic_int arrived;      // at the barrier to come
+    atomic_int sleepers;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    pthread_t *threads;      // (n - 1,)
+    void (*work)(void *context, int thread);  // NULL: go home
+    void *context;
+} Pool;
+
+typedef struct {
+    Pool *pool;
+    int thread;
+} Worker;
+
+static void relax(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+// Waits for all threads: a moment busily, as most waits are shorter than a microsecond; then leaving the core to
+// others, for one of them may be what we wait for; then asleep.
+static void meet(Pool *p) {
+    enum { SPINS = 2000, YIELDS = 200 };
+    if (p->n == 1) return;
+    const unsigned phase = atomic_load(&p->phase);
+    if (atomic_fetch_add(&p->arrived, 1) == p->n - 1) {
+        atomic_store(&p->arrived, 0);
+        atomic_store(&p->phase, phase + 1);
+        if (atomic_load(&p->sleepers)) {
+            pthread_mutex_lock(&p->mutex);
+            pthread_cond_broadcast(&p->wake);
+            pthread_mutex_unlock(&p->mutex);
+        }
+        return;
+    }
+    for (int i = 0; i < SPINS + YIELDS; i++) {
+        if (atomic_load_explicit(&p->phase, memory_order_acquire) != phase) return;
+        if (i < SPINS) relax();
+        else sched_yield();
+    }
+    pthread_mutex_lock(&p->mutex);
+    atomic_fetch_add(&p->sleepers, 1);
+    while (atomic_load(&p->phase) == phase) pthread_cond_wait(&p->wake, &p->mutex);
+    atomic_fetch_sub(&p->sleepers, 1);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void *worker(void *argument) {
+    Worker self = *(Worker *)argument;
+    free(argument);
+    for (;;) {
+        meet(self.pool);
+        if (!self.pool->work) return NULL;
+        self.pool->work(self.pool->context, self.thread);
+        meet(self.pool);
+    }
+}
+
+// Runs work(context, thread) on every thread, and returns when all are done.
+static void run_all(Pool *p, void (*work)(void *, int), void *context) {
+    p->work = work;
+    p->context = context;
+    meet(p);
+    if (work) work(context, 0);
+    meet(p);
+}
+
+static void start_pool(Pool *p, int n) {
+    *p = (Pool){.n = n, .threads = allocate(n, 1, sizeof(pthread_t), "threads")};
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    for (int i = 1; i < n; i++) {
+        Worker *w = allocate(1, 1, sizeof *w, "threads");
+        *w = (Worker){p, i};
+        int error = pthread_create(&p->threads[i - 1], NULL, worker, w);
+        if (error) die("-j", "cannot start thread %d: %s", i + 1, strerror(error));
+    }
+}
+
+static void stop_pool(Pool *p) {
+    p->work = NULL;
+    meet(p);
+    for (int i = 1; i < p->n; i++) pthread_join(p->threads[i - 1], NULL);
+    pthread_cond_destroy(&p->wake);
+    pthread_mutex_destroy(&p->mutex);
+    free(p->threads);
+}
+
+// Thread `thread` of n gets from..to of count things; blocks of `block` stay together.
+static void share(int count, int block, int thread, int n, int *from, int *to) {
+    const int64_t blocks = (count + block - 1) / block;
+    *from = (int)(blocks * thread / n * block);
+    *to = (int)(blocks * (thread + 1) / n * block);
+    if (*from > count) *from = count;
+    if (*to > count) *to = count;
+}
+
+// Cores that this process may use; hardware threads of one core count once.
+static int physical_cores(void) {
+#if defined(__linux__)
+    cpu_set_t allowed, seen;
+    CPU_ZERO(&seen);
+    int cores = 0;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        char path[96];
+        int first = cpu;
+        if (!CPU_ISSET(cpu, &allowed)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        FILE *f = fopen(path, "r");
+        if (f && fscanf(f, "%d", &first) != 1) first = cpu;
+        if (f) fclose(f);
+        if (first < 0 || first >= CPU_SETSIZE) first = cpu;
+        if (!CPU_ISSET(first, &seen)) cores++;
+        CPU_SET(first, &seen);
+    }
+    return cores ? cores : 1;
+#elif defined(__APPLE__)
+    int cores = 1;
+    size_t size = sizeof cores;
+    return sysctlbyname("hw.physicalcpu", &cores, &size, NULL, 0) == 0 && cores > 0 ? cores : 1;
+#elif defined(_WIN32)
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return info.dwNumberOfProcessors > 1 ? (int)info.dwNumberOfProcessors / 2 : 1;
+#else
+    return 1;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Instruction sets. The kernels are written once, for vectors of 16 floats and of 64 int8; each set below says
+// what those are and does the dozen things the kernels need. All sets sum in the same order, lane by lane, so
+// they differ only where one rounds a*b+c once and another twice. What runs is chosen when the program starts.
+
+#define CONCAT_(a, b) a##_##b
+#define CONCAT(a, b) CONCAT_(a, b)
+#define V(name) CONCAT(name, ISA)  // V(load) is load_avx2, when ISA is avx2
+#if defined(__GNUC__)
+    #define INLINE static inline __attribute__((always_inline))
+    #define UNROLL _Pragma("GCC unroll 16")
+#else
+    #define INLINE static inline
+    #define UNROLL
+#endif
+
+enum { LANES = 16, STEP = 64 };  // floats in a vector, int8 in a vector
+#define LOWER_HALF 0x1.fffffep-2f  // the float before 0.5: adding it and truncating rounds half away from zero
+
+// Plain C: the compiler makes of it what the machine's baseline has.
+#define TARGET_plain
+typedef struct { float v[LANES]; } F_plain;
+typedef struct { int8_t v[STEP]; } Q_plain;
+#define EACH for (int j = 0; j < LANES; j++)
+INLINE F_plain set1_plain(float x) { F_plain r; EACH r.v[j] = x; return r; }
+INLINE F_plain load_plain(const float *p) { F_plain r; memcpy(&r, p, sizeof r); return r; }
+INLINE F_plain load_n_plain(const float *p, int n) {
+    F_plain r = {{0}};
+    for (int j = 0; j < n; j++) r.v[j] = p[j];
+    return r;
+}
+INLINE void store_plain(float *p, F_plain a) { memcpy(p, &a, sizeof a); }
+INLINE void store_n_plain(float *p, F_plain a, int n) { for (int j = 0; j < n; j++) p[j] = a.v[j]; }
+INLINE F_plain add_plain(F_plain a, F_plain b) { EACH a.v[j] += b.v[j]; return a; }
+INLINE F_plain sub_plain(F_plain a, F_plain b) { EACH a.v[j] -= b.v[j]; return a; }
+INLINE F_plain mul_plain(F_plain a, F_plain b) { EACH a.v[j] *= b.v[j]; return a; }
+INLINE F_plain div_plain(F_plain a, F_plain b) { EACH a.v[j] /= b.v[j]; return a; }
+INLINE F_plain max_plain(F_plain a, F_plain b) { EACH a.v[j] = a.v[j] > b.v[j] ? a.v[j] : b.v[j]; return a; }
+INLINE F_plain fma_plain(F_plain a, F_plain b, F_plain c) { EACH c.v[j] += a.v[j] * b.v[j]; return c; }
+INLINE F_plain trunc_plain(F_plain a) { EACH a.v[j] = (float)(int)a.v[j]; return a; }
+INLINE F_plain abs_plain(F_plain a) { EACH a.v[j] = fabsf(a.v[j]); return a; }
+INLINE F_plain sign_plain(F_plain a, F_plain of) { EACH a.v[j] = copysignf(a.v[j], of.v[j]); return a; }
+INLINE F_plain pow2_plain(F_plain n) {  // of whole numbers from -126 to 127
+    EACH { int32_t bits = ((int)n.v[j] + 127) * (1 << 23); memcpy(&n.v[j], &bits, 4); }
+    return n;
+}
+INLINE float sum_plain(F_plain a) {
+    for (int width = LANES / 2; width > 0; width /= 2) {
+        for (int j = 0; j < width; j++) a.v[j] += a.v[j + width];
+    }
+    return a.v[0];
+}
+INLINE void sum4_plain(float out[4], F_plain a, F_plain b, F_plain c, F_plain d) {
+    out[0] = sum_plain(a); out[1] = sum_plain(b); out[2] = sum_plain(c); out[3] = sum_plain(d);
+}
+INLINE float top_plain(F_plain a) { EACH if (a.v[j] > a.v[0]) a.v[0] = a.v[j]; return a.v[0]; }
+INLINE void store_int8_plain(int8_t *p, F_plain a) { EACH p[j] = (int8_t)(int)a.v[j]; }
+INLINE Q_plain weights8_plain(const int8_t *p) { Q_plain r; memcpy(&r, p, sizeof r); return r; }
+INLINE Q_plain weights8_n_plain(const int8_t *p, int n) {
+    Q_plain r = {{0}};
+    memcpy(&r, p, (size_t)n);
+    return r;
+}
+INLINE Q_plain weights4_plain(const uint8_t *p) {
+    Q_plain r;
+    for (int j = 0; j < STEP / 2; j++) {
+        r.v[j] = (int8_t)((p[j] & 15) - 8);
+        r.v[j + STEP / 2] = (int8_t)((p[j] >> 4) - 8);
+    }
+    return r;
+}
+INLINE F_plain dot4_plain(Q_plain w, const int8_t *x, const int32_t *bias) {
+    F_plain r;
+    (void)bias;
+    EACH {
+        int32_t sum = 0;
+        for (int k = 4 * j; k < 4 * j + 4; k++) sum += w.v[k] * x[k];
+        r.v[j] = (float)sum;
+    }
+    return r;
+}
+INLINE F_plain halves_plain(float low, float high) {
+    F_plain r;
+    EACH r.v[j] = j < LANES / 2 ? low : high;
+    return r;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+// AVX2 with FMA and half floats: Intel since 2013, AMD since 2015
+#define TARGET_avx2 __attribute__((target("avx2,fma,f16c")))
+#define AVX2 INLINE TARGET_avx2
+typedef struct { __m256 a, b; } F_avx2;
+typedef struct { __m256i a, b; } Q_avx2;
+AVX2 F_avx2 set1_avx2(float x) { return (F_avx2){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+AVX2 F_avx2 load_avx2(const float *p) { return (F_avx2){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+AVX2 __m256i first_avx2(int n) {  // the first n of 8 lanes
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+AVX2 F_avx2 load_n_avx2(const float *p, int n) {
+    return (F_avx2){_mm256_maskload_ps(p, first_avx2(n)),
+                    n > 8 ? _mm256_maskload_ps(p + 8, first_avx2(n - 8)) : _mm256_setzero_ps()};
+}
+AVX2 void store_avx2(float *p, F_avx2 x) { _mm256_storeu_ps(p, x.a); _mm256_storeu_ps(p + 8, x.b); }
+AVX2 void store_n_avx2(float *p, F_avx2 x, int n) {
+    _mm256_maskstore_ps(p, first_avx2(n), x.a);
+    if (n > 8) _mm256_maskstore_ps(p + 8, first_avx2(n - 8), x.b);
+}
+#define BOTH(f, ...) AVX2 F_avx2 f { return (F_avx2){__VA_ARGS__}; }
+BOTH(add_avx2(F_avx2 x, F_avx2 y), _mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b))
+BOTH(sub_avx2(F_avx2 x, F_avx2 y), _mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b))
+BOTH(mul_avx2(F_avx2 x, F_avx2 y), _mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b))
+BOTH(div_avx2(F_avx2 x, F_avx2 y), _mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b))
+BOTH(max_avx2(F_avx2 x, F_avx2 y), _mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b))
+BOTH(fma_avx2(F_avx2 x, F_avx2 y, F_avx2 z), _mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b))
+BOTH(trunc_avx2(F_avx2 x), _mm256_round_ps(x.a, 11), _mm256_round_ps(x.b, 11))
+BOTH(abs_avx2(F_avx2 x), _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.a),
+     _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.b))
+BOTH(sign_avx2(F_avx2 x, F_avx2 of), _mm256_or_ps(x.a, _mm256_and_ps(_mm256_set1_ps(-0.0f), of.a)),
+     _mm256_or_ps(x.b, _mm256_and_ps(_mm256_set1_ps(-0.0f), of.b)))
+AVX2 __m256 pow2_8_avx2(__m256 n) {
+    __m256i biased = _mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+BOTH(pow2_avx2(F_avx2 n), pow2_8_avx2(n.a), pow2_8_avx2(n.b))
+BOTH(halves_avx2(float low, float high), _mm256_set1_ps(low), _mm256_set1_ps(high))
+AVX2 __m128 quarter_avx2(F_avx2 x) {  // the first two rounds of a sum
+    __m256 half = _mm256_add_ps(x.a, x.b);
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+AVX2 float sum_avx2(F_avx2 x) {
+    __m128 q = quarter_avx2(x), two = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+AVX2 void sum4_avx2(float out[4], F_avx2 a, F_avx2 b, F_avx2 c, F_avx2 d) {
+    __m128 p = quarter_avx2(a), q = quarter_avx2(b), r = quarter_avx2(c), s = quarter_avx2(d);
+    _MM_TRANSPOSE4_PS(p, q, r, s);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(p, r), _mm_add_ps(q, s)));
+}
+AVX2 float top_avx2(F_avx2 x) {
+    __m256 half = _mm256_max_ps(x.a, x.b);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+AVX2 void store_int8_avx2(int8_t *p, F_avx2 x) {
+    __m256i words = _mm256_packs_epi32(_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b));
+    words = _mm256_permute4x64_epi64(words, 0xD8);  // packing goes by halves
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i *)(void *)p, bytes);
+}
+AVX2 __m256i bytes_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+AVX2 Q_avx2 weights8_avx2(const int8_t *p) { return (Q_avx2){bytes_avx2(p), bytes_avx2(p + 32)}; }
+AVX2 Q_avx2 weights8_n_avx2(const int8_t *p, int n) {
+    int8_t row[STEP] = {0};
+    memcpy(row, p, (size_t)n);
+    return weights8_avx2(row);
+}
+AVX2 Q_avx2 weights4_avx2(const uint8_t *p) {
+    __m256i both = bytes_avx2(p), mask = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+    return (Q_avx2){_mm256_sub_epi8(_mm256_and_si256(both, mask), eight),
+                    _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), eight)};
+}
+AVX2 __m256 dot4_8_avx2(__m256i w, __m256i x) {  // |x| <= 127, so that two products fit in an int16
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+AVX2 F_avx2 dot4_avx2(Q_avx2 w, const int8_t *x, const int32_t *bias) {
+    (void)bias;
+    return (F_avx2){dot4_8_avx2(w.a, bytes_avx2(x)), dot4_8_avx2(w.b, bytes_avx2(x + 32))};
+}
+
+// AVX-512 with VNNI: Intel servers since 2019, AMD since 2022
+#define TARGET_avx512 \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")))
+#define AVX512 INLINE TARGET_avx512
+typedef __m512 F_avx512;
+typedef __m512i Q_avx512;  // weights plus 128, as the instruction takes unsigned times signed
+AVX512 __m512 set1_avx512(float x) { return _mm512_set1_ps(x); }
+AVX512 __m512 load_avx512(const float *p) { return _mm512_loadu_ps(p); }
+AVX512 __mmask16 first_avx512(int n) { return (__mmask16)((1u << n) - 1); }
+AVX512 __m512 load_n_avx512(const float *p, int n) { return _mm512_maskz_loadu_ps(first_avx512(n), p); }
+AVX512 void store_avx512(float *p, __m512 a) { _mm512_storeu_ps(p, a); }
+AVX512 void store_n_avx512(float *p, __m512 a, int n) { _mm512_mask_storeu_ps(p, first_avx512(n), a); }
+AVX512 __m512 add_avx512(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+AVX512 __m512 sub_avx512(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
+AVX512 __m512 mul_avx512(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+AVX512 __m512 div_avx512(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
+AVX512 __m512 max_avx512(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+AVX512 __m512 fma_avx512(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+AVX512 __m512 trunc_avx512(__m512 a) { return _mm512_roundscale_ps(a, 11); }
+AVX512 __m512 abs_avx512(__m512 a) { return _mm512_abs_ps(a); }
+AVX512 __m512 sign_avx512(__m512 a, __m512 of) {
+    return _mm512_or_ps(a, _mm512_and_ps(_mm512_set1_ps(-0.0f), of));
+}
+AVX512 __m512 pow2_avx512(__m512 n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+AVX512 __m512 halves_avx512(float low, float high) {
+    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(low), 0xFF00, _mm_set_ss(high));
+}
+AVX512 __m128 quarter_avx512(__m512 x) {
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+AVX512 float sum_avx512(__m512 x) {
+    __m128 q = quarter_avx512(x), two = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+AVX512 void sum4_avx512(float out[4], __m512 a, __m512 b, __m512 c, __m512 d) {
+    // rounds one and two of all four sums at once: quarters of a and b beside each other, then of all
+    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));  // lanes 0 and 2, 1 and 3
+    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
+    __m512i every4 = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(every4, all)));
+}
+AVX512 float top_avx512(__m512 a) { return _mm512_reduce_max_ps(a); }
+AVX512 void store_int8_avx512(int8_t *p, __m512 a) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
+}
+AVX512 __m512i weights8_avx512(const int8_t *p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+}
+AVX512 __m512i weights8_n_avx512(const int8_t *p, int n) {
+    return _mm512_xor_si512(_mm512_maskz_loadu_epi8((1ull << n) - 1, p), _mm512_set1_epi8(-128));
+}
+AVX512 __m512i weights4_avx512(const uint8_t *p) {
+    __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    __m512i pair = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+    return _mm512_add_epi8(_mm512_and_si512(pair, _mm512_set1_epi8(15)), _mm512_set1_epi8(120));
+}
+AVX512 __m512 dot4_avx512(__m512i w, const int8_t *x, const int32_t *bias) {
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(bias), w, _mm512_loadu_si512(x)));
+}
+#endif  // x86-64
+
+#if defined(__aarch64__) && defined(__GNUC__)
+#include <arm_neon.h>
+
+#define TARGET_neon
+typedef struct { float32x4_t v[4]; } F_neon;
+typedef struct { int8x16_t v[4]; } Q_neon;
+#define FOUR UNROLL for (int j = 0; j < 4; j++)
+#define NEON INLINE F_neon
+NEON set1_neon(float x) { F_neon r; FOUR r.v[j] = vdupq_n_f32(x); return r; }
+NEON load_neon(const float *p) { F_neon r; FOUR r.v[j] = vld1q_f32(p + 4 * j); return r; }
+NEON load_n_neon(const float *p, int n) {
+    float all[LANES] = {0};
+    memcpy(all, p, (size_t)n * sizeof *p);
+    return load_neon(all);
+}
+INLINE void store_neon(float *p, F_neon a) { FOUR vst1q_f32(p + 4 * j, a.v[j]); }
+INLINE void store_n_neon(float *p, F_neon a, int n) {
+    float all[LANES];
+    store_neon(all, a);
+    memcpy(p, all, (size_t)n * sizeof *p);
+}
+NEON add_neon(F_neon a, F_neon b) { FOUR a.v[j] = vaddq_f32(a.v[j], b.v[j]); return a; }
+NEON sub_neon(F_neon a, F_neon b) { FOUR a.v[j] = vsubq_f32(a.v[j], b.v[j]); return a; }
+NEON mul_neon(F_neon a, F_neon b) { FOUR a.v[j] = vmulq_f32(a.v[j], b.v[j]); return a; }
+NEON div_neon(F_neon a, F_neon b) { FOUR a.v[j] = vdivq_f32(a.v[j], b.v[j]); return a; }
+NEON max_neon(F_neon a, F_neon b) { FOUR a.v[j] = vmaxq_f32(a.v[j], b.v[j]); return a; }
+NEON fma_neon(F_neon a, F_neon b, F_neon c) { FOUR c.v[j] = vfmaq_f32(c.v[j], a.v[j], b.v[j]); return c; }
+NEON trunc_neon(F_neon a) { FOUR a.v[j] = vrndq_f32(a.v[j]); return a; }
+NEON abs_neon(F_neon a) { FOUR a.v[j] = vabsq_f32(a.v[j]); return a; }
+NEON sign_neon(F_neon a, F_neon of) {
+    FOUR a.v[j] = vbslq_f32(vdupq_n_u32(0x80000000u), of.v[j], a.v[j]);
+    return a;
+}
+NEON pow2_neon(F_neon n) {
+    FOUR n.v[j] = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v[j]), vdupq_n_s32(127)), 23));
+    return n;
+}
+NEON halves_neon(float low, float high) {
+    return (F_neon){{vdupq_n_f32(low), vdupq_n_f32(low), vdupq_n_f32(high), vdupq_n_f32(high)}};
+}
+INLINE float32x4_t quarter_neon(F_neon a) {
+    return vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
+}
+INLINE float sum_neon(F_neon a) {
+    float32x4_t q = quarter_neon(a);
+    float32x2_t two = vadd_f32(vget_low_f32(q), vget_high_f32(q));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+INLINE void sum4_neon(float out[4], F_neon a, F_neon b, F_neon c, F_neon d) {
+    out[0] = sum_neon(a); out[1] = sum_neon(b); out[2] = sum_neon(c); out[3] = sum_neon(d);
+}
+INLINE float top_neon(F_neon a) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
+}
+INLINE void store_int8_neon(int8_t *p, F_neon a) {
+    int16x8_t low = vcombine_s16(vmovn_s32(vcvtq_s32_f32(a.v[0])), vmovn_s32(vcvtq_s32_f32(a.v[1])));
+    int16x8_t high = vcombine_s16(vmovn_s32(vcvtq_s32_f32(a.v[2])), vmovn_s32(vcvtq_s32_f32(a.v[3])));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+}
+INLINE Q_neon weights8_neon(const int8_t *p) { Q_neon r; FOUR r.v[j] = vld1q_s8(p + 16 * j); return r; }
+INLINE Q_neon weights8_n_neon(const int8_t *p, int n) {
+    int8_t row[STEP] = {0};
+    memcpy(row, p, (size_t)n);
+    return weights8_neon(row);
+}
+INLINE Q_neon weights4_neon(const uint8_t *p) {
+    Q_neon r;
+    for (int j = 0; j < 2; j++) {
+        uint8x16_t both = vld1q_u8(p + 16 * j);
+        r.v[j] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), vdupq_n_s8(8));
+        r.v[j + 2] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(both, 4)), vdupq_n_s8(8));
+    }
+    return r;
+}
+INLINE F_neon dot4_neon(Q_neon w, const int8_t *x, const int32_t *bias) {
+    F_neon r;
+    (void)bias;
+    FOUR {
+        int8x16_t a = w.v[j], b = vld1q_s8(x + 16 * j);
+#ifdef __ARM_FEATURE_DOTPROD
+        r.v[j] = vcvtq_f32_s32(vdotq_s32(vdupq_n_s32(0), a, b));
+#else
+        int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
+        int16x8_t high = vmull_s8(vget_high_s8(a), vget_high_s8(b));
+        r.v[j] = vcvtq_f32_s32(vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+    }
+    return r;
+}
+#endif  // aarch64
+
+// ---------------------------------------------------------------------------------------------------------
+// The kernels of all instruction sets
+
+#define ISA plain
+#define TILE 1
+#include "run.c"
+#if defined(__x86_64__) && defined(__GNUC__)
+    #define ISA avx2
+    #define TILE 1
+    #include "run.c"
+    #define ISA avx512
+    #define TILE 4
+    #include "run.c"
+#elif defined(__aarch64__) && defined(__GNUC__)
+    #define ISA neon
+    #define TILE 1
+    #include "run.c"
+#endif
+
+static const Kernels *const all_kernels[] = {  // the fastest first
+#if defined(__x86_64__) && defined(__GNUC__)
+    &kernels_avx512, &kernels_avx2,
+#elif defined(__aarch64__) && defined(__GNUC__)
+    &kernels_neon,
+#endif
+    &kernels_plain,
+};
+enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
+
+static bool usable(const Kernels *k) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (k == &kernels_avx2) {
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    }
+    if (k == &kernels_avx512) {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
+    }
+#endif
+    (void)k;
+    return true;
+}
+
+static const Kernels *best_kernels(void) {
+    size_t i = 0;
+    while (!usable(all_kernels[i])) i++;
+    return all_kernels[i];
+}
+
+static const Kernels *find_kernels(const char *name) {
+    for (size_t i = 0; i < N_KERNELS; i++) {
+        if (!strcmp(name, all_kernels[i]->name) && usable(all_kernels[i])) return all_kernels[i];
+    }
+    die("--kernels", "there are none named '%s' here; run --version lists them", name);
+}
+
+typedef struct {
+    const char *path;
+    File file;  // the weights point into it
+    Config config;
+    Weights weights;
+    RunState state;
+    const Kernels *kernels;
+    Pool *pool;
+    const Row *rows;     // what forward() feeds: n_rows of them,
+    int n_rows;
+    int first_logits;    // with logits wanted from this one on
+} Model;
 
 // ---------------------------------------------------------------------------------------------------------
 // Loading: header, then one walk over the tensors that finds every pointer and the file's exact size
@@ -390,45 +960,121 @@ static int read_header(Walk *f, Config *c) {
     return version;
 }
 
-static float *floats(size_t a, size_t b) {
-    return allocate(a, b, sizeof(float), "the model's state (a smaller -n needs less)");
+enum { MAX_ROWS = 128 };  // tokens that are fed at once, of a prompt or of as many texts
+
+static float *floats(size_t a, size_t b) { return allocate(a, b, sizeof(float), "the model's state"); }
+
+static Activation activation(int rows, int n, bool quantized) {
+    Activation a = {.width = ((size_t)n + STEP - 1) / STEP * STEP};
+    a.f = floats(rows, a.width);
+    if (!quantized) return a;
+    a.q = allocate(rows, a.width, 1, "the model's state");
+    a.scale = floats(rows, a.width);
+    a.lane_scale = floats(rows, a.width / 4);
+    a.lane_bias = allocate(rows, a.width / 4, sizeof(int32_t), "the model's state");
+    return a;
 }
 
-static Activation activation(int n) {
-    return (Activation){.f = floats(n, 1), .q = allocate(n, 1, 1, "activations"), .scale = floats(n, 1)};
+static void free_activation(Activation *a) {
+    free(a->f);
+    free(a->q);
+    free(a->scale);
+    free(a->lane_scale);
+    free(a->lane_bias);
 }
 
-// float32 throughout, as PyTorch computed the tables the model was trained with
-static void fill_rope(RunState *s, const Config *c) {
-    for (int i = 0; i < c->head_size / 2; i++) {
-        float frequency = 1.0f / powf(c->rope_theta, (float)(2 * i) / (float)c->head_size);
-        for (int pos = 0; pos < s->n_positions; pos++) {
-            float angle = (float)pos * frequency;
-            float *pair = s->rope + ((size_t)pos * (c->head_size / 2) + (size_t)i) * 2;
-            pair[0] = cosf(angle);
-            pair[1] = sinf(angle);
+static void free_state(RunState *s, int threads) {
+    void *buffers[] = {s->x, s->add, s->hb2, s->q, s->k, s->v, s->scores, s->logits, s->rope};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    free_activation(&s->xb);
+    free_activation(&s->hb);
+    for (int t = 0; s->own && t < threads; t++) free_activation(&s->own[t]);
+    free(s->own);
+    *s = (RunState){0};
+}
+
+// Room for so many tokens at once, of which so many have logits, and for texts of so many positions.
+static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
+    const Config *c = &m->config;
+    RunState *s = &m->state;
+    const bool quantized = c->group_size != 0;
+    if (rows > s->rows) {
+        RunState kept = {.logits = s->logits, .logit_rows = s->logit_rows, .rope = s->rope, .scores = s->scores,
+                         .room = s->room};
+        s->logits = s->rope = s->scores = NULL;
+        free_state(s, m->pool->n);
+        *s = kept;
+        s->rows = rows;
+        s->x = floats(rows, c->dim);
+        s->xb = activation(rows, c->dim, quantized);
+        s->hb = activation(rows, c->hidden_dim, quantized);
+        s->own = allocate(m->pool->n, 1, sizeof *s->own, "the model's state");
+        for (int t = 0; t < m->pool->n; t++) {
+            s->own[t] = activation(1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim, quantized);
+        }
+        s->add = floats(rows, c->dim);
+        s->hb2 = floats(rows, c->hidden_dim);
+        s->q = floats(rows, c->dim);
+        s->k = floats(rows, c->kv_dim);
+        s->v = floats(rows, c->kv_dim);
+    }
+    s->vocab_width = ((size_t)c->vocab_size + LANES - 1) / LANES * LANES;
+    if (logit_rows > s->logit_rows) {
+        free(s->logits);
+        s->logits = floats(logit_rows, s->vocab_width);
+        s->logit_rows = logit_rows;
+    }
+    if (positions > s->room) {
+        free(s->rope);
+        free(s->scores);
+        s->room = positions;
+        s->scores = floats(m->pool->n, positions);
+        s->rope = floats(positions, c->head_size);
+        // float32 throughout, as PyTorch computed the tables the model was trained with
+        for (int i = 0; i < c->head_size / 2; i++) {
+            float frequency = 1.0f / powf(c->rope_theta, (float)(2 * i) / (float)c->head_size);
+            for (int pos = 0; pos < positions; pos++) {
+                float angle = (float)pos * frequency;
+                float *pair = s->rope + ((size_t)pos * (c->head_size / 2) + (size_t)i) * 2;
+                pair[0] = cosf(angle);
+                pair[1] = sinf(angle);
+            }
         }
     }
 }
 
-static void allocate_state(RunState *s, const Config *c, int n_positions) {
-    const size_t kv = (size_t)c->n_layers * c->kv_dim;  // in range: both were checked
-    *s = (RunState){
-        .n_positions = n_positions,
-        .x = floats(c->dim, 1), .xb = activation(c->dim), .xb2 = floats(c->dim, 1),
-        .hb = activation(c->hidden_dim), .hb2 = floats(c->hidden_dim, 1),
-        .q = floats(c->dim, 1), .k = floats(c->kv_dim, 1), .att = floats(n_positions, 1),
-        .logits = floats(c->vocab_size, 1),
-        .key_cache = floats(n_positions, kv), .value_cache = floats(n_positions, kv),
-        .rope = floats(n_positions, c->head_size),
-    };
-    fill_rope(s, c);
+// Room in a text's memory, at least for n positions; never more than a whole context needs.
+static void reserve_memory(Model *m, Memory *memory, int n) {
+    const Config *c = &m->config;
+    const size_t lines = (size_t)c->n_layers * c->kv_dim;  // in range: both were checked
+    if (n <= memory->room) return;
+    int64_t room = 2 * (int64_t)memory->room > n ? 2 * (int64_t)memory->room : n;
+    if (room > c->seq_len) room = c->seq_len;
+    if (room < 4 * LANES) room = 4 * LANES;
+    room = (room + LANES - 1) / LANES * LANES;
+    float **both[] = {&memory->keys, &memory->values};
+    for (int i = 0; i < 2; i++) {
+        float *grown = floats(lines, room);
+        for (size_t line = 0; memory->room && line < lines; line++) {
+            memcpy(grown + line * (size_t)room, *both[i] + line * (size_t)memory->room,
+                   (size_t)memory->room * sizeof(float));
+        }
+        free(*both[i]);
+        *both[i] = grown;
+    }
+    memory->room = (int)room;
 }
 
-// Opens a model and makes room for max_positions of context (0, or more than it has: all of its seq_len).
-static void load_model(Model *m, const char *path, int max_positions) {
-    *m = (Model){.path = path, .file = open_file(path, "; train.py makes a model, and of a checkpoint: "
-                                                       "python export.py model.bin")};
+static void free_memory(Memory *memory) {
+    free(memory->keys);
+    free(memory->values);
+    *memory = (Memory){0};
+}
+
+static void load_model(Model *m, const char *path, const Kernels *kernels) {
+    *m = (Model){.path = path, .kernels = kernels,
+                 .file = open_file(path, "; train.py makes a model, and of a checkpoint: "
+                                         "python export.py model.bin")};
     Walk f = {.path = path, .file = &m->file};
     Config *c = &m->config;
     int version = read_header(&f, c);
@@ -440,107 +1086,16 @@ static void load_model(Model *m, const char *path, int max_positions) {
     if (f.at < m->file.size) {
         die(path, "damaged: %zu bytes, but its header describes only %zu", m->file.size, f.at);
     }
-    bool fewer = max_positions > 0 && max_positions < c->seq_len;
-    allocate_state(&m->state, c, fewer ? max_positions : c->seq_len);
 }
 
 static void free_model(Model *m) {
-    RunState *s = &m->state;
-    void *buffers[] = {s->x, s->xb.f, s->xb.q, s->xb.scale, s->xb2, s->hb.f, s->hb.q, s->hb.scale,
-                       s->hb2, s->q, s->k, s->att, s->logits, s->key_cache, s->value_cache, s->rope,
-                       m->weights.layers};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    free_state(&m->state, m->pool->n);
+    free(m->weights.layers);
     close_file(&m->file);
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Kernels
-
-// Sixteen partial sums, added in a fixed order: the compiler may keep them in vector registers without
-// -ffast-math, and every build gives the same bits. All other sums run in llama2.c's order, to its bits.
-enum { LANES = 16 };
-
-static float dot(const float *restrict a, const float *restrict b, int n) {
-    float sum[LANES] = {0};
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int j = 0; j < LANES; j++) sum[j] += a[i + j] * b[i + j];
-    }
-    for (int j = 0; i < n; i++, j++) sum[j] += a[i] * b[i];
-    for (int width = LANES / 2; width > 0; width /= 2) {
-        for (int j = 0; j < width; j++) sum[j] += sum[j + width];
-    }
-    return sum[0];
-}
-
-static void rmsnorm(float *restrict out, const float *x, const float *weight, int n, float eps) {
-    float squares = 0.0f;
-    for (int i = 0; i < n; i++) squares += x[i] * x[i];
-    float scale = 1.0f / sqrtf(squares / (float)n + eps);
-    for (int i = 0; i < n; i++) out[i] = weight[i] * (scale * x[i]);
-}
-
-static void softmax(float *x, int n) {
-    float max = x[0], sum = 0.0f;
-    for (int i = 1; i < n; i++) {
-        if (x[i] > max) max = x[i];  // keeps expf from overflowing
-    }
-    for (int i = 0; i < n; i++) {
-        x[i] = expf(x[i] - max);
-        sum += x[i];
-    }
-    for (int i = 0; i < n; i++) x[i] /= sum;
-}
-
-// Rounds each group of x to int8, symmetric, half away from zero. Does nothing for fp32 weights (group 0).
-static void quantize(Activation *x, int n, int group) {
-    for (int g = 0; group && g < n / group; g++) {
-        const float *v = x->f + (size_t)g * group;
-        int8_t *q = x->q + (size_t)g * group;
-        float max = 0.0f;
-        bool finite = true;
-        for (int i = 0; i < group; i++) {
-            float magnitude = fabsf(v[i]);
-            if (magnitude > max) max = magnitude;
-            finite &= magnitude <= FLT_MAX;
-        }
-        float scale = max / 127.0f;
-        x->scale[g] = finite ? scale : NAN;  // lets a NaN reach the logits, where it is reported
-        if (!finite || scale < FLT_MIN) {  // all zero, or so small that the scale itself is badly rounded
-            memset(q, 0, (size_t)group);
-            continue;
-        }
-        for (int i = 0; i < group; i++) {
-            float exact = v[i] / scale;
-            int whole = (int)exact;
-            float rest = exact - (float)whole;
-            q[i] = (int8_t)(whole + (rest >= 0.5f) - (rest <= -0.5f));
-        }
-    }
-}
-
-static float dot_int8(const Activation *x, const Tensor *w, int row) {
-    const int8_t *q = w->q + (size_t)row * w->cols;
-    const int n_groups = w->cols / w->group;
-    const unsigned char *scale = w->scale + (size_t)row * n_groups * sizeof(float);
-    float sum = 0.0f;
-    for (int g = 0; g < n_groups; g++) {
-        const int8_t *a = x->q + (size_t)g * w->group, *b = q + (size_t)g * w->group;
-        int32_t products = 0;
-        for (int i = 0; i < w->group; i++) products += (int32_t)a[i] * (int32_t)b[i];
-        sum += (float)products * f32_at(scale + (size_t)g * sizeof(float)) * x->scale[g];
-    }
-    return sum;
-}
-
-// out (rows,) = w (rows, cols) @ x (cols,). All the model's weights are read here.
-static void matmul(float *restrict out, const Activation *x, const Tensor *w) {
-    if (w->group) {
-        for (int i = 0; i < w->rows; i++) out[i] = dot_int8(x, w, i);
-    } else {
-        for (int i = 0; i < w->rows; i++) out[i] = dot(x->f, w->f + (size_t)i * w->cols, w->cols);
-    }
-}
+// Forward
 
 static void copy_row(float *restrict out, const Tensor *w, int row) {
     size_t at = (size_t)row * w->cols;
@@ -553,108 +1108,182 @@ static void copy_row(float *restrict out, const Tensor *w, int row) {
     }
 }
 
-// Rotates each pair of neighbours in each head (RoFormer, arXiv 2104.09864) by the angles of one position.
-static void rotate(float *heads, int n_heads, int head_size, const float *rope) {
-    for (int h = 0; h < n_heads; h++) {
-        float *v = heads + (size_t)h * head_size;
-        for (int i = 0; i < head_size; i += 2) {
-            float cosine = rope[i], sine = rope[i + 1], a = v[i], b = v[i + 1];
-            v[i] = a * cosine + b * -sine;  // with a minus, gcc 12 fuses both in spite of -ffp-contract=off
-            v[i + 1] = a * sine + b * cosine;
-        }
+// Rotates each pair of neighbours in a head (RoFormer, arXiv 2104.09864) by the angles of one position.
+static void rotate(float *v, int head_size, const float *rope) {
+    for (int i = 0; i < head_size; i += 2) {
+        float cosine = rope[i], sine = rope[i + 1], a = v[i], b = v[i + 1];
+        v[i] = a * cosine - b * sine;
+        v[i + 1] = a * sine + b * cosine;
     }
 }
 
-// out (n_heads, head_size): each query head over positions 0..pos of its layer's keys (kv_dim, n_positions)
-// and values (n_positions, kv_dim)
-static void attention(float *out, RunState *s, const Config *c, const float *keys, const float *values,
-                      int pos) {
+// What a matmul is to read, made of rows of a buffer. A single row every thread makes for itself: that takes less
+// time than meeting.
+static const Activation *prepare(Model *m, int thread, Activation *shared, int n, int cols, const float *x,
+                                 const float *norm) {
+    const Config *c = &m->config;
+    Activation *to = n == 1 ? &m->state.own[thread] : shared;
+    int from = 0, end = n;
+    if (n > 1) share(n, 1, thread, m->pool->n, &from, &end);
+    for (int b = from; b < end; b++) {
+        float *out = to->f + (size_t)b * to->width;
+        if (norm) m->kernels->rmsnorm(out, x + (size_t)b * c->dim, norm, cols, c->norm_eps);
+        else if (n == 1) memcpy(out, shared->f, (size_t)cols * sizeof(float));
+        if (c->group_size) m->kernels->quantize(to, b, cols, c->group_size);
+    }
+    if (n == 1) {  // own buffers serve for widths of dim and hidden_dim: zeros behind the row
+        size_t padded = ((size_t)cols + STEP - 1) / STEP * STEP;
+        memset(to->f + cols, 0, (padded - (size_t)cols) * sizeof(float));
+        if (to->q) memset(to->q + cols, 0, padded - (size_t)cols);
+    } else {
+        meet(m->pool);
+    }
+    return to;
+}
+
+// Attention of some key/value heads: keys and values are stored for all rows, then each row looks back.
+static void attention(Model *m, int thread, int layer) {
+    const Config *c = &m->config;
+    const RunState *s = &m->state;
     const int size = c->head_size, queries_per_kv = c->n_heads / c->n_kv_heads;
-    const size_t row = (size_t)s->n_positions, kv_dim = (size_t)c->kv_dim;
-    const float root = sqrtf((float)size);
-    float *restrict att = s->att;
-    for (int h = 0; h < c->n_heads; h++) {
-        const size_t kv_head = (size_t)(h / queries_per_kv) * size;
-        const float *q = s->q + (size_t)h * size;
-        float *restrict o = out + (size_t)h * size;
-        memset(att, 0, ((size_t)pos + 1) * sizeof(float));
-        for (int i = 0; i < size; i++) {
-            const float *restrict k = keys + (kv_head + (size_t)i) * row;
-            for (int t = 0; t <= pos; t++) att[t] += q[i] * k[t];
+    int from, to;
+    share(c->n_kv_heads, 1, thread, m->pool->n, &from, &to);
+    for (int h = from; h < to; h++) {
+        for (int b = 0; b < m->n_rows; b++) {
+            const Row *row = &m->rows[b];
+            const float *rope = s->rope + (size_t)row->pos * size;
+            const size_t room = (size_t)row->memory->room;
+            const size_t at = ((size_t)layer * c->n_kv_heads + h) * size * room + (size_t)row->pos;
+            float *k = s->k + (size_t)b * c->kv_dim + (size_t)h * size;
+            const float *v = s->v + (size_t)b * c->kv_dim + (size_t)h * size;
+            rotate(k, size, rope);
+            for (int i = 0; i < size; i++) {
+                row->memory->keys[at + (size_t)i * room] = k[i];
+                row->memory->values[at + (size_t)i * room] = v[i];
+            }
         }
-        for (int t = 0; t <= pos; t++) att[t] /= root;
-        softmax(att, pos + 1);
-        memset(o, 0, (size_t)size * sizeof(float));
-        for (int t = 0; t <= pos; t++) {
-            const float *restrict v = values + (size_t)t * kv_dim + kv_head;
-            for (int i = 0; i < size; i++) o[i] += att[t] * v[i];
+        for (int b = 0; b < m->n_rows; b++) {
+            const Row *row = &m->rows[b];
+            const size_t room = (size_t)row->memory->room;
+            const size_t at = ((size_t)layer * c->n_kv_heads + h) * size * room;
+            for (int i = h * queries_per_kv; i < (h + 1) * queries_per_kv; i++) {
+                float *q = s->q + (size_t)b * c->dim + (size_t)i * size;
+                rotate(q, size, s->rope + (size_t)row->pos * size);
+                m->kernels->attend(s->xb.f + (size_t)b * s->xb.width + (size_t)i * size, q,
+                                   row->memory->keys + at, row->memory->values + at, room, size, row->pos,
+                                   s->scores + (size_t)thread * s->room);
+            }
         }
     }
 }
 
-static void add(float *restrict x, const float *restrict y, int n) {
-    for (int i = 0; i < n; i++) x[i] += y[i];
+// This thread's rows of x += w @ input
+static void add_matmul(Model *m, int thread, const Tensor *w, const Activation *input) {
+    RunState *s = &m->state;
+    const int dim = m->config.dim;
+    int from, to;
+    share(dim, 4, thread, m->pool->n, &from, &to);
+    m->kernels->matmul(w, input, m->n_rows, s->add, dim, from, to);
+    for (int b = 0; b < m->n_rows; b++) {
+        float *x = s->x + (size_t)b * dim;
+        const float *add = s->add + (size_t)b * dim;
+        for (int i = from; i < to; i++) x[i] += add[i];
+    }
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Forward
+static void run_layer(Model *m, int thread, int layer) {
+    const Config *c = &m->config;
+    const Layer *w = &m->weights.layers[layer];
+    const Kernels *kernels = m->kernels;
+    RunState *s = &m->state;
+    Pool *pool = m->pool;
+    const int n = m->n_rows;
+    int from, to;
 
-// Feeds one token at pos (all positions before it were fed). Returns the logits (vocab_size,) for the next
-// token, or NULL when they are not wanted, as inside a prompt.
-static float *forward(Model *m, int token, int pos, bool want_logits) {
+    const Activation *input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_att);
+    share(c->dim, 4, thread, pool->n, &from, &to);
+    kernels->matmul(&w->wq, input, n, s->q, c->dim, from, to);
+    share(c->kv_dim, 4, thread, pool->n, &from, &to);
+    kernels->matmul(&w->wk, input, n, s->k, c->kv_dim, from, to);
+    kernels->matmul(&w->wv, input, n, s->v, c->kv_dim, from, to);
+    meet(pool);
+    attention(m, thread, layer);
+    meet(pool);
+    input = prepare(m, thread, &s->xb, n, c->dim, s->x, NULL);
+    add_matmul(m, thread, &w->wo, input);
+    meet(pool);
+    input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_ffn);
+    share(c->hidden_dim, 4, thread, pool->n, &from, &to);
+    kernels->matmul(&w->w1, input, n, s->hb.f, s->hb.width, from, to);
+    kernels->matmul(&w->w3, input, n, s->hb2, c->hidden_dim, from, to);
+    for (int b = 0; b < n; b++) {
+        kernels->swiglu(s->hb.f + (size_t)b * s->hb.width + from, s->hb2 + (size_t)b * c->hidden_dim + from,
+                        to - from);
+    }
+    meet(pool);
+    input = prepare(m, thread, &s->hb, n, c->hidden_dim, s->x, NULL);
+    add_matmul(m, thread, &w->w2, input);
+    meet(pool);
+}
+
+// One thread's share of a forward pass
+static void forward_share(void *context, int thread) {
+    Model *m = context;
     const Config *c = &m->config;
     RunState *s = &m->state;
-    const int group = c->group_size;
-    const float *rope = s->rope + (size_t)pos * c->head_size;
-
-    copy_row(s->x, &m->weights.tok_embeddings, token);
-    for (int l = 0; l < c->n_layers; l++) {
-        const Layer *w = &m->weights.layers[l];
-        const size_t layer = (size_t)l * s->n_positions * (size_t)c->kv_dim;
-        float *keys = s->key_cache + layer, *values = s->value_cache + layer;
-
-        rmsnorm(s->xb.f, s->x, w->rms_att, c->dim, c->norm_eps);
-        quantize(&s->xb, c->dim, group);
-        matmul(s->q, &s->xb, &w->wq);
-        matmul(s->k, &s->xb, &w->wk);
-        matmul(values + (size_t)pos * c->kv_dim, &s->xb, &w->wv);
-        rotate(s->q, c->n_heads, c->head_size, rope);
-        rotate(s->k, c->n_kv_heads, c->head_size, rope);
-        for (int i = 0; i < c->kv_dim; i++) keys[(size_t)i * s->n_positions + (size_t)pos] = s->k[i];
-        attention(s->xb.f, s, c, keys, values, pos);
-        quantize(&s->xb, c->dim, group);
-        matmul(s->xb2, &s->xb, &w->wo);
-        add(s->x, s->xb2, c->dim);
-
-        rmsnorm(s->xb.f, s->x, w->rms_ffn, c->dim, c->norm_eps);
-        quantize(&s->xb, c->dim, group);
-        matmul(s->hb.f, &s->xb, &w->w1);
-        matmul(s->hb2, &s->xb, &w->w3);
-        for (int i = 0; i < c->hidden_dim; i++) {  // SwiGLU: silu(w1 x) * w3 x
-            float gate = s->hb.f[i];
-            s->hb.f[i] = gate * (1.0f / (1.0f + expf(-gate))) * s->hb2[i];
-        }
-        quantize(&s->hb, c->hidden_dim, group);
-        matmul(s->xb2, &s->hb, &w->w2);
-        add(s->x, s->xb2, c->dim);
+    int from, to;
+    share(m->n_rows, 1, thread, m->pool->n, &from, &to);
+    for (int b = from; b < to; b++) {
+        copy_row(s->x + (size_t)b * c->dim, &m->weights.tok_embeddings, m->rows[b].token);
     }
-    if (!want_logits) return NULL;
-    rmsnorm(s->xb.f, s->x, m->weights.rms_final, c->dim, c->norm_eps);
-    quantize(&s->xb, c->dim, group);
-    matmul(s->logits, &s->xb, &m->weights.wcls);
-    for (int i = 0; i < c->vocab_size; i++) {
-        if (!(fabsf(s->logits[i]) <= FLT_MAX)) {
-            die(m->path, "the model computes %f for token %d at position %d: its weights are damaged",
-                (double)s->logits[i], i, pos);
-        }
+    meet(m->pool);
+    for (int l = 0; l < c->n_layers; l++) run_layer(m, thread, l);
+    const int n = m->n_rows - m->first_logits;
+    if (n == 0) return;
+    const float *last = s->x + (size_t)m->first_logits * c->dim;
+    const Activation *input = prepare(m, thread, &s->xb, n, c->dim, last, m->weights.rms_final);
+    share(c->vocab_size, 4, thread, m->pool->n, &from, &to);
+    m->kernels->matmul(&m->weights.wcls, input, n, s->logits, s->vocab_width, from, to);
+}
+
+// Feeds n tokens. Those from first_logits on have logits (vocab_size,) for the token that follows: returns the
+// first one's, s->vocab_width before the next one's; NULL when first_logits is n.
+static float *forward(Model *m, const Row *rows, int n, int first_logits) {
+    RunState *s = &m->state;
+    int positions = s->room;
+    for (int b = 0; b < n; b++) {
+        reserve_memory(m, rows[b].memory, rows[b].pos + 1);
+        if (rows[b].memory->room > positions) positions = rows[b].memory->room;
+    }
+    reserve_state(m, n, n - first_logits, positions);
+    m->rows = rows;
+    m->n_rows = n;
+    m->first_logits = first_logits;
+    run_all(m->pool, forward_share, m);
+    if (first_logits == n) return NULL;
+    for (int b = 0; b < n - first_logits; b++) {
+        const float *logits = s->logits + (size_t)b * s->vocab_width;
+        if (m->kernels->finite(logits, m->config.vocab_size)) continue;
+        int i = 0;
+        while (fabsf(logits[i]) <= FLT_MAX) i++;
+        die(m->path, "the model computes %f for token %d at position %d: its weights are damaged",
+            (double)logits[i], i, rows[first_logits + b].pos);
     }
     return s->logits;
 }
 
-// Feeds n tokens from position pos on; returns the last one's logits.
-static float *prefill(Model *m, const int *ids, int n, int pos) {
+// Feeds n tokens of one text from position pos on; returns the last one's logits, or those of all from
+// first_logits on, which must lie in the last MAX_ROWS.
+static float *prefill(Model *m, Memory *memory, const int *ids, int n, int pos) {
     float *logits = NULL;
-    for (int i = 0; i < n; i++) logits = forward(m, ids[i], pos + i, i == n - 1);
+    Row rows[MAX_ROWS];
+    for (int i = 0; i < n; ) {
+        int count = n - i < MAX_ROWS ? n - i : MAX_ROWS;
+        for (int j = 0; j < count; j++) rows[j] = (Row){ids[i + j], pos + i + j, memory};
+        i += count;
+        reserve_memory(m, memory, pos + i);
+        logits = forward(m, rows, count, i == n ? count - 1 : count);
+    }
     return logits;
 }
 
@@ -923,8 +1552,8 @@ static Tokens encode(const Tokenizer *t, const char *text, size_t n) {
     return out;
 }
 
-// Prints the text of a token. A model may know ids the tokenizer does not: they print nothing.
-static void print_token(const Tokenizer *t, int prev, int id) {
+// Appends the text of a token. A model may know ids the tokenizer does not: they have none.
+static void append_token(Text *out, const Tokenizer *t, int prev, int id) {
     if (id < 0 || id >= t->size) return;
     const unsigned char *s = t->piece[id];
     int n = t->length[id];
@@ -938,9 +1567,8 @@ static void print_token(const Tokenizer *t, int prev, int id) {
     }
     for (int i = 0; i < n; i++) {
         bool control = (s[i] < 32 && !(s[i] >= '\t' && s[i] <= '\r')) || s[i] == 127;
-        if (!control) putchar(s[i]);  // no escape sequences on the user's terminal
+        if (!control) text_append(out, &s[i], 1);  // no escape sequences on the user's terminal
     }
-    check_stdout();
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -956,8 +1584,8 @@ typedef struct {
     int n;                  // vocab_size
     float temperature;      // 0: always the most likely token
     float topp;             // sample from the most likely tokens that together exceed this; off at <= 0, >= 1
-    uint64_t rng;
-    Candidate *candidates;  // (n,)
+    int topk;               // and from no more than so many; 0: off
+    const Kernels *kernels;
 } Sampler;
 
 static float random_float(uint64_t *state) {  // in [0, 1), from xorshift64* (Vigna, arXiv 1402.6246)
@@ -968,11 +1596,24 @@ static float random_float(uint64_t *state) {  // in [0, 1), from xorshift64* (Vi
 }
 
 static int argmax(const float *x, int n) {
-    int best = 0;
-    for (int i = 1; i < n; i++) {
-        if (x[i] > x[best]) best = i;
+    enum { STRETCH = 256 };  // the largest stretch is found first: that loop keeps no index
+    float best = -INFINITY;
+    int at = 0;
+    for (int i = 0; i < n; i += STRETCH) {
+        float top[8] = {x[i], x[i], x[i], x[i], x[i], x[i], x[i], x[i]};
+        int end = n - i < STRETCH ? n : i + STRETCH, j = i;
+        for (; j + 8 <= end; j += 8) {
+            for (int k = 0; k < 8; k++) top[k] = x[j + k] > top[k] ? x[j + k] : top[k];
+        }
+        for (; j < end; j++) top[0] = x[j] > top[0] ? x[j] : top[0];
+        for (int k = 1; k < 8; k++) top[0] = top[k] > top[0] ? top[k] : top[0];
+        if (top[0] > best) {
+            best = top[0];
+            at = i;
+        }
     }
-    return best;
+    while (x[at] != best) at++;
+    return at;
 }
 
 static int sample_multinomial(const float *p, int n, float coin) {
@@ -998,10 +1639,12 @@ static void sift_down(Candidate *heap, int i, int n) {
     heap[i] = moving;
 }
 
-static int sample_topp(Sampler *s, const float *p, float coin) {
+// c has room for n candidates
+static int sample_top(const Sampler *s, const float *p, float coin, Candidate *c) {
     // what is below this cannot be in the set, whatever the other n - 1 are
-    const float cutoff = s->n > 1 ? (1.0f - s->topp) / (float)(s->n - 1) : 0.0f;
-    Candidate *c = s->candidates;
+    const bool by_share = s->topp > 0 && s->topp < 1;
+    const float topp = by_share ? s->topp : INFINITY;
+    const float cutoff = by_share && s->n > 1 ? (1.0f - topp) / (float)(s->n - 1) : 0.0f;
     int n = 0;
     for (int i = 0; i < s->n; i++) {
         if (p[i] >= cutoff) c[n++] = (Candidate){p[i], i};
@@ -1013,7 +1656,7 @@ static int sample_topp(Sampler *s, const float *p, float coin) {
     float sum = 0.0f;
     int chosen = 0;
     for (int i = n / 2 - 1; i >= 0; i--) sift_down(c, i, n);
-    while (chosen < n && sum <= s->topp) {
+    while (chosen < n && sum <= topp && (s->topk == 0 || chosen < s->topk)) {
         Candidate best = c[0];
         int last = n - 1 - chosen++;
         c[0] = c[last];
@@ -1029,16 +1672,16 @@ static int sample_topp(Sampler *s, const float *p, float coin) {
     return c[n - chosen].id;
 }
 
-// Overwrites the logits (n,), which forward() has found to be finite.
-static int sample(Sampler *s, float *logits) {
+// Overwrites the logits (n,), which forward() has found to be finite and left room behind for whole vectors.
+static int sample(const Sampler *s, float *logits, uint64_t *rng, Candidate *candidates) {
     int best = argmax(logits, s->n);
     // a temperature so low that the division overflows is as good as 0
     if (s->temperature == 0 || !isfinite(logits[best] / s->temperature)) return best;
-    for (int i = 0; i < s->n; i++) logits[i] /= s->temperature;
-    softmax(logits, s->n);
-    float coin = random_float(&s->rng);
-    if (s->topp <= 0 || s->topp >= 1) return sample_multinomial(logits, s->n, coin);
-    return sample_topp(s, logits, coin);
+    for (int i = 0; s->temperature != 1 && i < s->n; i++) logits[i] /= s->temperature;
+    s->kernels->softmax(logits, s->n);
+    float coin = random_float(rng);
+    if ((s->topp <= 0 || s->topp >= 1) && s->topk == 0) return sample_multinomial(logits, s->n, coin);
+    return sample_top(s, logits, coin, candidates);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1048,8 +1691,26 @@ typedef struct {
     Model model;
     Tokenizer tokenizer;
     Sampler sampler;
-    bool flush_each;  // stdout is a terminal: show each token at once
+    Candidate *candidates;  // (threads, vocab_size)
+    int limit;              // positions that may be used
+    bool flush_each;        // stdout is a terminal: show each token at once
+    bool stats;             // print what was measured as JSON
 } Session;
+
+typedef struct {            // a text in the making
+    Memory memory;
+    uint64_t rng;
+    int pos;                // the next free position
+    int prev, next;         // the last token shown and the one to come
+    bool done;
+    Text text;              // what cannot be printed yet
+} Story;
+
+typedef struct {            // of one run, in seconds and tokens
+    double load, prompt, first, decode;
+    long prompt_tokens, decoded;
+    int stories;
+} Stats;
 
 static double now(void) {
     struct timespec t;
@@ -1057,9 +1718,33 @@ static double now(void) {
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static void say(Session *s, int prev, int id) {
-    print_token(&s->tokenizer, prev, id);
-    if (s->flush_each) flush_stdout();
+static double program_start;
+
+// Resident memory at its highest, in bytes; 0 where it is not known
+static double peak_memory(void) {
+#if defined(_WIN32)
+    return 0;
+#else
+    struct rusage usage;
+    if (getrusage(RUSAGE_SELF, &usage) != 0) return 0;
+#if defined(__APPLE__)
+    return (double)usage.ru_maxrss;
+#else
+    return (double)usage.ru_maxrss * 1024;
+#endif
+#endif
+}
+
+static double per_second(long n, double seconds) { return seconds > 0 ? (double)n / seconds : 0; }
+
+static void print_stats(const Session *s, const Stats *t) {
+    fprintf(stderr, "{\"threads\": %d, \"kernels\": \"%s\", \"stories\": %d, \"load_seconds\": %.6f, "
+            "\"prompt_tokens\": %ld, \"prompt_seconds\": %.6f, \"prompt_tok_s\": %.1f, "
+            "\"first_token_seconds\": %.6f, \"decoded_tokens\": %ld, \"decode_seconds\": %.6f, "
+            "\"decode_tok_s\": %.1f, \"memory_bytes\": %.0f}\n",
+            s->model.pool->n, s->model.kernels->name, t->stories, t->load, t->prompt_tokens, t->prompt,
+            per_second(t->prompt_tokens, t->prompt), t->first, t->decoded, t->decode,
+            per_second(t->decoded, t->decode), peak_memory());
 }
 
 // Encodes text for this model and refuses what it cannot be fed.
@@ -1078,32 +1763,150 @@ static Tokens encode_prompt(const Session *s, const char *text, size_t n) {
     return t;
 }
 
-static void generate(Session *s, const Text *prompt) {
+static void print_text(Session *s, Text *t) {
+    if (t->len && fwrite(t->data, 1, t->len, stdout) < t->len) check_stdout();
+    t->len = 0;
+    if (s->flush_each) flush_stdout();
+}
+
+static bool ends(int id) { return id == BOS || id == EOS; }
+
+typedef struct {
+    Session *session;
+    Story **stories;  // (n,)
+    int n;
+} Sampling;
+
+// Chooses the next token of some stories, each by its own random numbers.
+static void sample_share(void *context, int thread) {
+    const Sampling *job = context;
+    const Session *s = job->session;
+    int from, to;
+    share(job->n, 1, thread, s->model.pool->n, &from, &to);
+    for (int i = from; i < to; i++) {
+        job->stories[i]->next = sample(&s->sampler, s->model.state.logits + (size_t)i * s->model.state.vocab_width,
+                                       &job->stories[i]->rng, s->candidates + (size_t)thread * s->sampler.n);
+    }
+}
+
+static void sample_all(Session *s, Story **stories, int n) {
+    Sampling job = {s, stories, n};
+    if (n == 1) {
+        stories[0]->next = sample(&s->sampler, s->model.state.logits, &stories[0]->rng, s->candidates);
+    } else {
+        run_all(s->model.pool, sample_share, &job);
+    }
+}
+
+// Begins a story: its prompt is fed, or copied from the first one's memory.
+static void begin_story(Session *s, Story *story, const Tokens *t, uint64_t seed, const Story *first,
+                        const float *prompt_logits) {
+    const Config *c = &s->model.config;
+    const int fed = t->n < s->limit ? t->n : s->limit;
+    *story = (Story){.rng = seed, .pos = fed, .prev = BOS, .next = BOS};
+    if (first) {
+        const size_t lines = (size_t)c->n_layers * c->kv_dim;
+        reserve_memory(&s->model, &story->memory, fed);
+        for (size_t i = 0; i < lines; i++) {
+            size_t to = i * (size_t)story->memory.room, from = i * (size_t)first->memory.room;
+            memcpy(story->memory.keys + to, first->memory.keys + from, (size_t)fed * sizeof(float));
+            memcpy(story->memory.values + to, first->memory.values + from, (size_t)fed * sizeof(float));
+        }
+        memcpy(s->model.state.logits, prompt_logits, (size_t)s->sampler.n * sizeof(float));
+    }
+    if (fed == t->n) story->next = sample(&s->sampler, s->model.state.logits, &story->rng, s->candidates);
+    for (int i = 1; i < t->n && i <= s->limit; i++) {
+        append_token(&story->text, &s->tokenizer, story->prev, t->ids[i]);
+        story->prev = t->ids[i];
+    }
+    story->done = fed < t->n || ends(story->next);
+}
+
+// Adds the token that was chosen to a story's text; true when another one can follow it.
+static bool take_token(Session *s, Story *story) {
+    if (ends(story->next)) return false;
+    append_token(&story->text, &s->tokenizer, story->prev, story->next);
+    story->prev = story->next;
+    return story->pos < s->limit;
+}
+
+// Tells `count` stories that begin with the prompt, as many at once as there is room for, with the seeds seed,
+// seed + 1, ... Each is the story it would be alone, and they are printed in order.
+static void generate(Session *s, const Text *prompt, int count, uint64_t seed, Stats *stats) {
     Tokens t = encode_prompt(s, prompt->data, prompt->len);
-    const int steps = s->model.state.n_positions;
-    const int fed = t.n < steps ? t.n : steps;
-    int pos = 0, prev = BOS, next = BOS;
-    prefill(&s->model, t.ids, 1, 0);
-    double start = now();  // llama2.c starts its clock after the first token, too
-    float *logits = fed > 1 ? prefill(&s->model, t.ids + 1, fed - 1, 1) : s->model.state.logits;
-    if (fed == t.n) next = sample(&s->sampler, logits);  // before the echo: a bad model prints nothing
-    for (int i = 1; i < t.n && i <= steps; i++) {
-        say(s, prev, t.ids[i]);
-        prev = t.ids[i];
+    const int fed = t.n < s->limit ? t.n : s->limit;
+    Model *m = &s->model;
+    Story *stories = allocate(count, 1, sizeof(Story), "stories"), *active[MAX_ROWS];
+    Row rows[MAX_ROWS];
+    int begun = 0, shown = 0, n = 0;
+    Memory memory = {0};
+
+    double start = now();
+    float *logits = prefill(m, &memory, t.ids, fed, 0);
+    double prompted = now();
+    float *prompt_logits = floats(m->config.vocab_size, 1);
+    memcpy(prompt_logits, logits, (size_t)m->config.vocab_size * sizeof(float));
+    Story source = {.memory = memory};
+    for (;;) {
+        while (n < MAX_ROWS && begun < count) {
+            Story *story = &stories[begun];
+            begin_story(s, story, &t, seed + (uint64_t)begun, count > 1 ? &source : NULL, prompt_logits);
+            if (count == 1) story->memory = memory;
+            if (!begun++) stats->first = now() - start;
+            if (!story->done && take_token(s, story)) active[n++] = story;
+            else story->done = true;
+        }
+        while (shown < count && shown < begun) {  // what is next in order may be printed
+            print_text(s, &stories[shown].text);
+            if (!stories[shown].done) break;
+            putchar('\n');
+            check_stdout();
+            free(stories[shown].text.data);
+            if (count > 1) free_memory(&stories[shown].memory);
+            shown++;
+        }
+        if (n == 0) {
+            if (begun < count) continue;
+            break;
+        }
+        for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->memory};
+        forward(m, rows, n, 0);
+        sample_all(s, active, n);
+        stats->decoded += n;
+        int left = 0;
+        for (int i = 0; i < n; i++) {
+            if (take_token(s, active[i])) {
+                active[left++] = active[i];
+            } else {
+                active[i]->done = true;
+                if (count > 1) free_memory(&active[i]->memory);
+            }
+        }
+        n = left;
     }
-    for (pos = fed; next != BOS && next != EOS; pos++) {
-        say(s, prev, next);
-        if (pos == steps) break;
-        logits = forward(&s->model, next, pos, true);
-        prev = next;
-        next = sample(&s->sampler, logits);
-    }
-    putchar('\n');
     flush_stdout();
-    double seconds = now() - start;
-    if (pos > 1 && seconds > 0)  // of the length, BOS and the end token are part
-        fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
-                next == BOS || next == EOS ? "" : ", cut off");
+    double end = now();
+    stats->prompt = prompted - start;
+    stats->prompt_tokens = fed;
+    stats->decode = end - prompted;
+    stats->stories = count;
+    if (count == 1) {
+        // as llama2.c: its clock starts after the first token; of the length, BOS and the end token are part
+        double seconds = end - (fed == 1 ? prompted : start);
+        int pos = stories[0].pos;
+        if (pos > 1 && seconds > 0) {
+            fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
+                    ends(stories[0].next) ? "" : ", cut off");
+        }
+        free_memory(&stories[0].memory);
+    } else {
+        fprintf(stderr, "achieved tok/s: %f (%ld tokens in %d stories)\n",
+                per_second(stats->decoded, stats->decode), stats->decoded, count);
+        free_memory(&source.memory);
+    }
+    if (s->stats) print_stats(s, stats);
+    free(prompt_logits);
+    free(stories);
     free(t.ids);
 }
 
@@ -1131,30 +1934,34 @@ static void render_turn(Text *out, const Text *system, const Text *user) {
     text_append(out, " [/INST]", 8);
 }
 
-// Samples an answer up to its end or the end of the context; returns the next free position.
-static int answer(Session *s, const Tokens *t, int pos) {
-    const int steps = s->model.state.n_positions;
-    int prev = t->ids[t->n - 1];
-    int next = sample(&s->sampler, prefill(&s->model, t->ids, t->n, pos));
-    pos += t->n;
-    fputs("Assistant: ", stdout);
-    for (; next != EOS && next != BOS; pos++) {
-        say(s, prev, next);
-        if (pos == steps) break;
-        float *logits = forward(&s->model, next, pos, true);
-        prev = next;
-        next = sample(&s->sampler, logits);
+// Samples an answer up to its end or the end of the context.
+static void answer(Session *s, Story *chat, const Tokens *t) {
+    Model *m = &s->model;
+    chat->prev = t->ids[t->n - 1];
+    prefill(m, &chat->memory, t->ids, t->n, chat->pos);
+    chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
+    chat->pos += t->n;
+    text_append(&chat->text, "Assistant: ", 11);
+    while (take_token(s, chat)) {
+        print_text(s, &chat->text);
+        Row row = {chat->prev, chat->pos++, &chat->memory};
+        forward(m, &row, 1, 0);
+        chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
     }
-    if (pos < steps) forward(&s->model, EOS, pos++, false);  // the template closes every answer
+    if (chat->pos < s->limit) {  // the template closes every answer
+        Row row = {EOS, chat->pos++, &chat->memory};
+        forward(m, &row, 1, 1);
+    }
+    print_text(s, &chat->text);
     putchar('\n');
     flush_stdout();
-    return pos;
 }
 
-static void chat(Session *s, const char *first_user, const char *first_system) {
-    const int steps = s->model.state.n_positions, seq_len = s->model.config.seq_len;
+static void chat(Session *s, const Text *first_user, const char *first_system, uint64_t seed) {
+    const int seq_len = s->model.config.seq_len;
     Text system = {0}, user = {0}, turn = {0};
-    for (int pos = 0, turns = 0; ; turns++) {
+    Story story = {.rng = seed};
+    for (int turns = 0; ; turns++) {
         system.len = 0;
         if (turns == 0 && first_system) {
             text_append(&system, first_system, strlen(first_system));
@@ -1162,24 +1969,26 @@ static void chat(Session *s, const char *first_user, const char *first_system) {
             ask("Enter system prompt (optional): ", &system);
         }
         if (turns == 0 && first_user) {
-            text_append(&user, first_user, strlen(first_user));
+            text_append(&user, first_user->data, first_user->len);
         } else if (!ask("User: ", &user)) {
             putchar('\n');
             break;
         }
         render_turn(&turn, &system, &user);
         Tokens t = encode_prompt(s, turn.data, turn.len);
-        bool fits = t.n <= steps - pos;
-        if (!fits && turns == 0) die("-n", "the first prompt is %d tokens long, more than %d", t.n, steps);
-        if (fits) pos = answer(s, &t, pos);
+        bool fits = t.n <= s->limit - story.pos;
+        if (!fits && turns == 0) die("-n", "the first prompt is %d tokens long, more than %d", t.n, s->limit);
+        if (fits) answer(s, &story, &t);
         free(t.ids);
-        if (!fits || pos == steps) {
-            fprintf(stderr, "run: the context of %d tokens is full, the chat ends here%s\n", steps,
-                    steps < seq_len ? " (-n 0 uses all the model has)" : "");
+        if (!fits || story.pos == s->limit) {
+            fprintf(stderr, "run: the context of %d tokens is full, the chat ends here%s\n", s->limit,
+                    s->limit < seq_len ? " (-n 0 uses all the model has)" : "");
             break;
         }
     }
     flush_stdout();
+    free_memory(&story.memory);
+    free(story.text.data);
     free(system.data);
     free(user.data);
     free(turn.data);
@@ -1197,14 +2006,23 @@ static void print_tokens(const Session *s, const Text *prompt) {
 // --logits: a line of vocab_size numbers for each position of the prompt
 static void print_logits(Session *s, const Text *prompt) {
     Tokens t = encode_prompt(s, prompt->data, prompt->len);
-    if (t.n > s->model.state.n_positions) die("-n", "the prompt is %d tokens long, more than -n allows", t.n);
+    if (t.n > s->limit) die("-n", "the prompt is %d tokens long, more than -n allows", t.n);
     const int vocab_size = s->model.config.vocab_size;
-    for (int pos = 0; pos < t.n; pos++) {
-        const float *logits = forward(&s->model, t.ids[pos], pos, true);
-        for (int i = 0; i < vocab_size; i++) printf("%s%.9g", i ? " " : "", (double)logits[i]);
-        putchar('\n');
+    Memory memory = {0};
+    Row rows[MAX_ROWS];
+    for (int pos = 0; pos < t.n; ) {
+        int n = t.n - pos < MAX_ROWS ? t.n - pos : MAX_ROWS;
+        for (int j = 0; j < n; j++) rows[j] = (Row){t.ids[pos + j], pos + j, &memory};
+        reserve_memory(&s->model, &memory, pos + n);
+        float *logits = forward(&s->model, rows, n, 0);
+        for (int j = 0; j < n; j++, logits += s->model.state.vocab_width) {
+            for (int i = 0; i < vocab_size; i++) printf("%s%.9g", i ? " " : "", (double)logits[i]);
+            putchar('\n');
+        }
+        pos += n;
     }
     flush_stdout();
+    free_memory(&memory);
     free(t.ids);
 }
 
@@ -1219,26 +2037,34 @@ static const char usage[] =
     "  -t, --temperature X   0 is greedy, 1 (default) the model's own probabilities\n"
     "  -p, --top-p X         sample from the likeliest tokens that together exceed X, default 0.9;\n"
     "                        0 or 1 is off\n"
+    "  -k, --top-k N         sample from no more than the N likeliest tokens, default 0: off\n"
     "  -s, --seed N          random seed, default the time; 0 is the time, too\n"
     "  -n, --steps N         tokens to run for, prompt included, default 256; 0 is the whole context\n"
     "  -i, --prompt TEXT     text to continue; - reads it from stdin (less one newline at its end)\n"
+    "  -f, --file FILE       the same from a file\n"
     "  -z, --tokenizer FILE  default tokenizer.bin, else data/tokenizer.bin\n"
     "  -m, --mode MODE       generate (default) or chat\n"
     "  -y, --system TEXT     system prompt for chat\n"
+    "  -b, --batch N         tell N stories at once, with the seeds N, N + 1, ...\n"
+    "  -j, --threads N       default: as many as there are cores, or 1 for the smallest models\n"
     "  -h, --help            this text\n"
+    "  --version             the version, and the instruction sets this program can use here\n"
     "\n"
-    "debugging:\n"
+    "measuring and debugging:\n"
+    "  --stats               print what was measured as JSON on stderr\n"
+    "  --kernels NAME        use this instruction set\n"
     "  --tokens              print the prompt's token ids and exit\n"
     "  --logits              print all logits for each position of the prompt and exit\n"
     "\n"
     "A value follows its option, or a long one and '=': -t 0.5, --temperature 0.5, --temperature=0.5\n";
 
 typedef struct {
-    const char *model, *prompt, *tokenizer, *system;
+    const char *model, *prompt, *file, *tokenizer, *system;
+    const Kernels *kernels;
     float temperature, topp;
     uint64_t seed;
-    int steps;
-    bool chat, tokens, logits;
+    int steps, topk, stories, threads;
+    bool chat, tokens, logits, stats;
 } Options;
 
 static float parse_float(const char *flag, const char *text, float max, const char *expected) {
@@ -1266,6 +2092,10 @@ static void set_option(Options *o, char key, const char *flag, const char *value
         case 's': o->seed = parse_integer(flag, value, UINT64_MAX); break;
         case 'n': o->steps = (int)parse_integer(flag, value, INT_MAX); break;
         case 'i': o->prompt = value; break;
+        case 'f': o->file = value; break;
+        case 'k': o->topk = (int)parse_integer(flag, value, INT_MAX); break;
+        case 'b': o->stories = (int)parse_integer(flag, value, 1 << 20); break;
+        case 'j': o->threads = (int)parse_integer(flag, value, 1024); break;
         case 'z': o->tokenizer = value; break;
         case 'y': o->system = value; break;
         case 'm':
@@ -1274,6 +2104,16 @@ static void set_option(Options *o, char key, const char *flag, const char *value
             break;
         case 'T': o->tokens = true; break;
         case 'L': o->logits = true; break;
+        case 'S': o->stats = true; break;
+        case 'K': o->kernels = find_kernels(value); break;
+        case 'V':
+            printf("run 1.0, kernels:");
+            for (size_t i = 0; i < N_KERNELS; i++) {
+                if (usable(all_kernels[i])) printf(" %s", all_kernels[i]->name);
+            }
+            putchar('\n');
+            flush_stdout();
+            exit(EXIT_SUCCESS);
         case 'h':
             fputs(usage, stdout);
             flush_stdout();
@@ -1285,10 +2125,12 @@ static Options parse_options(int argc, char **argv) {
     static const struct { char key; bool has_value; const char *name; } known[] = {
         {'t', true, "--temperature"}, {'p', true, "--top-p"}, {'s', true, "--seed"}, {'n', true, "--steps"},
         {'i', true, "--prompt"}, {'z', true, "--tokenizer"}, {'m', true, "--mode"}, {'y', true, "--system"},
-        {'h', false, "--help"}, {'T', false, "--tokens"}, {'L', false, "--logits"},
+        {'f', true, "--file"}, {'k', true, "--top-k"}, {'b', true, "--batch"}, {'j', true, "--threads"},
+        {'h', false, "--help"}, {'T', false, "--tokens"}, {'L', false, "--logits"}, {'S', false, "--stats"},
+        {'K', true, "--kernels"}, {'V', false, "--version"},
     };
     const size_t n_known = sizeof known / sizeof *known;
-    Options o = {.temperature = 1.0f, .topp = 0.9f, .steps = 256};
+    Options o = {.temperature = 1.0f, .topp = 0.9f, .steps = 256, .stories = 1};
     for (int a = 1; a < argc; a++) {
         const char *arg = argv[a];
         if (arg[0] != '-') {
@@ -1310,6 +2152,8 @@ static Options parse_options(int argc, char **argv) {
         if (!value && known[k].has_value && !(value = argv[++a])) die(arg, "needs a value");
         set_option(&o, known[k].key, equals ? known[k].name : arg, value);
     }
+    if (o.stories < 1) die("-b", "there must be at least one story");
+    if (o.prompt && o.file) die("-f", "the prompt is already given with -i");
     if (!o.model) die("", "no model given; usage: run MODEL.bin [options], run --help lists them");
     return o;
 }
@@ -1335,14 +2179,28 @@ static void warn_of_wrong_tokenizer(const Session *s) {
 
 static Text read_prompt(const Options *o) {
     Text t = {0};
-    if (o->prompt && !strcmp(o->prompt, "-")) {
+    if (o->file && strcmp(o->file, "-")) {
+        File f = open_file(o->file, "");
+        text_append(&t, f.data, f.size);
+        close_file(&f);
+    } else if (o->file || (o->prompt && !strcmp(o->prompt, "-"))) {
         t = read_stream(stdin, "stdin");
-        if (t.len > 0 && t.data[t.len - 1] == '\n') t.len--;  // echo's
     } else {
         const char *text = o->prompt ? o->prompt : "";
         text_append(&t, text, strlen(text));
+        return t;
     }
+    if (t.len > 0 && t.data[t.len - 1] == '\n') t.len--;  // echo's, or the editor's
     return t;
+}
+
+// All cores, but a thread more pays only where there is work for it between two meetings.
+static int default_threads(const Config *c) {
+    const double weights = (double)c->n_layers * c->dim * (2.0 * c->dim + 2.0 * c->kv_dim + 3.0 * c->hidden_dim)
+                         + (double)c->vocab_size * c->dim;
+    const int cores = physical_cores();
+    const double most = 1 + weights / 100e3;
+    return most < cores ? (int)most : cores;
 }
 
 int main(int argc, char **argv) {
@@ -1352,30 +2210,360 @@ int main(int argc, char **argv) {
 #else
     signal(SIGPIPE, SIG_IGN);  // a reader that went away is a write error, reported as such
 #endif
+    program_start = now();
     Options o = parse_options(argc, argv);
-    Session s = {.flush_each = isatty(fileno(stdout))};
-    load_model(&s.model, o.model, o.steps);
+    Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats};
+    Pool pool;
+    load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
+    start_pool(&pool, o.threads ? o.threads : default_threads(&s.model.config));
+    s.model.pool = &pool;
     load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer());
     warn_of_wrong_tokenizer(&s);
-    const int vocab_size = s.model.config.vocab_size;
-    s.sampler = (Sampler){
-        .n = vocab_size, .temperature = o.temperature, .topp = o.topp,
-        .rng = o.seed ? o.seed : (uint64_t)time(NULL),  // xorshift never leaves 0
-        .candidates = allocate(vocab_size, 1, sizeof(Candidate), "the sampler"),
-    };
+    const int vocab_size = s.model.config.vocab_size, seq_len = s.model.config.seq_len;
+    s.limit = o.steps > 0 && o.steps < seq_len ? o.steps : seq_len;
+    s.sampler = (Sampler){.n = vocab_size, .temperature = o.temperature, .topp = o.topp, .topk = o.topk,
+                          .kernels = s.model.kernels};
+    s.candidates = allocate(vocab_size, pool.n, sizeof(Candidate), "the sampler");
+    const uint64_t seed = o.seed ? o.seed : (uint64_t)time(NULL);  // xorshift never leaves 0
+    Stats stats = {.load = now() - program_start};
     if (o.chat && !o.tokens && !o.logits) {
-        bool given = o.prompt && strcmp(o.prompt, "-");  // chat reads stdin anyway
-        chat(&s, given ? o.prompt : NULL, o.system);
+        bool given = o.file || (o.prompt && strcmp(o.prompt, "-"));  // chat reads stdin anyway
+        Text first = {0};
+        if (given) first = read_prompt(&o);
+        chat(&s, given ? &first : NULL, o.system, seed);
+        free(first.data);
     } else {
         Text prompt = read_prompt(&o);
         if (o.tokens) print_tokens(&s, &prompt);
         else if (o.logits) print_logits(&s, &prompt);
-        else generate(&s, &prompt);
+        else generate(&s, &prompt, o.stories, seed, &stats);
         free(prompt.data);
     }
-    free(s.sampler.candidates);
+    free(s.candidates);
     free_tokenizer(&s.tokenizer);
     free_model(&s.model);
+    stop_pool(&pool);
     return 0;
 }
-#endif
+#endif  // TESTING
+
+#else  // ISA
+// ---------------------------------------------------------------------------------------------------------
+// Kernels, read once for each instruction set: ISA says which.
+
+#define F CONCAT(F, ISA)
+#define Q CONCAT(Q, ISA)
+#define KERNEL static CONCAT(TARGET, ISA)
+#define HELPER INLINE CONCAT(TARGET, ISA)
+
+// e^x for x <= 0 or so, within 2 units in the last place: 2^n times a polynomial (coefficients: Cephes, expf)
+HELPER F V(exponential)(F x) {
+    x = V(max)(V(set1)(-87.0f), x);  // in this order a NaN stays one
+    F half = V(sign)(V(set1)(0.5f), x);
+    F n = V(trunc)(V(fma)(x, V(set1)(1.44269504f), half));
+    F r = V(fma)(n, V(set1)(-0.693359375f), x);
+    r = V(fma)(n, V(set1)(2.12194440e-4f), r);
+    F p = V(set1)(1.9875691500e-4f);
+    p = V(fma)(p, r, V(set1)(1.3981999507e-3f));
+    p = V(fma)(p, r, V(set1)(8.3334519073e-3f));
+    p = V(fma)(p, r, V(set1)(4.1665795894e-2f));
+    p = V(fma)(p, r, V(set1)(1.6666665459e-1f));
+    p = V(fma)(p, r, V(set1)(5.0000001201e-1f));
+    p = V(fma)(p, V(mul)(r, r), V(add)(r, V(set1)(1.0f)));
+    return V(mul)(p, V(pow2)(n));
+}
+
+// Turns n scores into probabilities. There is room for a whole number of vectors.
+KERNEL void V(softmax)(float *x, int n) {
+    for (int i = n; i % LANES; i++) x[i] = -INFINITY;
+    F top = V(load)(x);
+    for (int i = LANES; i < n; i += LANES) top = V(max)(top, V(load)(x + i));
+    F max = V(set1)(V(top)(top)), sum = V(set1)(0.0f);  // keeps the powers in range
+    for (int i = 0; i < n; i += LANES) {
+        F e = V(exponential)(V(sub)(V(load)(x + i), max));
+        V(store)(x + i, e);
+        if (i + LANES <= n) sum = V(add)(sum, e);
+        else sum = V(add)(sum, V(load_n)(x + i, n - i));
+    }
+    F scale = V(set1)(1.0f / V(sum)(sum));
+    for (int i = 0; i < n; i += LANES) V(store)(x + i, V(mul)(V(load)(x + i), scale));
+    for (int i = n; i % LANES; i++) x[i] = 0.0f;
+}
+
+KERNEL void V(rmsnorm)(float *out, const float *x, const float *weight, int n, float eps) {
+    F squares = V(set1)(0.0f);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        F a = V(load)(x + i);
+        squares = V(fma)(a, a, squares);
+    }
+    if (i < n) {
+        F a = V(load_n)(x + i, n - i);
+        squares = V(fma)(a, a, squares);
+    }
+    F scale = V(set1)(1.0f / sqrtf(V(sum)(squares) / (float)n + eps));
+    for (i = 0; i + LANES <= n; i += LANES) {
+        V(store)(out + i, V(mul)(V(load)(weight + i), V(mul)(scale, V(load)(x + i))));
+    }
+    if (i < n) {
+        F a = V(mul)(V(load_n)(weight + i, n - i), V(mul)(scale, V(load_n)(x + i, n - i)));
+        V(store_n)(out + i, a, n - i);
+    }
+}
+
+// Rounds each group of n floats to int8, symmetric, half away from zero, and spreads the groups' scales over
+// the lanes that will meet them.
+KERNEL void V(quantize)(Activation *x, int row, int n, int group) {
+    const float *v = x->f + (size_t)row * x->width;
+    int8_t *q = x->q + (size_t)row * x->width;
+    float *lanes = x->lane_scale + (size_t)row * x->width / 4;
+    int32_t *bias = x->lane_bias + (size_t)row * x->width / 4;
+    for (int g = 0; g < n; g += group) {
+        float max = 0.0f;
+        bool finite = true;
+        for (int i = g; i < g + group; i++) {
+            float magnitude = fabsf(v[i]);
+            max = magnitude > max ? magnitude : max;
+            finite &= magnitude <= FLT_MAX;
+        }
+        float scale = max / 127.0f;
+        // all zero, or so small that the scale itself is badly rounded
+        bool tiny = scale < FLT_MIN;
+        const F divisor = V(set1)(tiny || !finite ? INFINITY : scale), half = V(set1)(LOWER_HALF);
+        int i = g;
+        for (; finite && i + LANES <= g + group; i += LANES) {
+            F exact = V(div)(V(load)(v + i), divisor);
+            V(store_int8)(q + i, V(add)(exact, V(sign)(half, exact)));
+        }
+        for (; i < g + group; i++) {
+            float exact = tiny || !finite ? 0.0f : v[i] / scale;
+            q[i] = (int8_t)(exact + copysignf(LOWER_HALF, exact));
+        }
+        if (!finite) memset(q + g, 0, (size_t)group);
+        scale = finite ? scale : NAN;  // lets a NaN reach the logits, where it is reported
+        x->scale[(size_t)row * x->width + (size_t)(g / group)] = scale;
+        if (group % 4 == 0) for (int j = g / 4; j < (g + group) / 4; j++) lanes[j] = scale;
+    }
+    for (size_t j = 0; j < x->width / 4; j++) {
+        const int8_t *p = q + 4 * j;
+        bias[j] = -128 * (p[0] + p[1] + p[2] + p[3]);
+    }
+}
+
+// 4 rows of fp32 weights, `apart` floats apart, times C rows of x: out[c * ldo + r * step]
+HELPER void V(tile_f32)(const int R, const int C, const float *w, size_t apart, int cols, const float *x,
+                        size_t ldx, float *out, size_t ldo, size_t step) {
+    F sums[4][6], a[4];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
+    int i = 0;
+    for (; i + LANES <= cols; i += LANES) {
+        UNROLL for (int r = 0; r < R; r++) a[r] = V(load)(w + (size_t)r * apart + i);
+        UNROLL for (int c = 0; c < C; c++) {
+            F b = V(load)(x + (size_t)c * ldx + i);
+            UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
+        }
+    }
+    if (i < cols) {
+        UNROLL for (int r = 0; r < R; r++) a[r] = V(load_n)(w + (size_t)r * apart + i, cols - i);
+        UNROLL for (int c = 0; c < C; c++) {
+            F b = V(load)(x + (size_t)c * ldx + i);  // x is padded with zeros
+            UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
+        }
+    }
+    UNROLL for (int c = 0; c < C; c++) {
+        float four[4];
+        if (R == 4) V(sum4)(four, sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
+        else UNROLL for (int r = 0; r < R; r++) four[r] = V(sum)(sums[r][c]);
+        UNROLL for (int r = 0; r < R; r++) out[(size_t)c * ldo + (size_t)r * step] = four[r];
+    }
+}
+
+// The scales of the int8 weights of a step, for its 16 lanes. per: groups in a step; 1 also for larger groups
+HELPER F V(scales)(const int per, const unsigned char *p, int left) {
+    float s[LANES];
+    if (per == 1) return V(set1)(f32_at(p));
+    if (per == 2) return V(halves)(f32_at(p), left > 1 ? f32_at(p + 4) : 0.0f);
+    for (int j = 0; j < LANES; j++) {
+        int g = j * per / LANES;
+        s[j] = g < left ? f32_at(p + 4 * (size_t)g) : 0.0f;
+    }
+    return V(load)(s);
+}
+
+// The same of int8 weights: whole numbers are summed by fours, then scaled and summed as floats.
+HELPER void V(tile_int8)(const int R, const int C, const int per, const Tensor *w, size_t row, size_t apart,
+                         const Activation *x, size_t at, float *out, size_t ldo, size_t step) {
+    const size_t cols = (size_t)w->cols, groups = cols / (size_t)w->group;
+    const size_t steps_per_group = per > 1 ? 1 : (size_t)w->group / STEP;
+    const int8_t *q = w->q + row * cols;
+    const unsigned char *s = w->scale + row * groups * sizeof(float);
+    const size_t scales_apart = apart * groups * sizeof(float);
+    F sums[4][6];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
+    for (size_t i = 0, g = 0, k = 0; i < cols; i += STEP) {
+        Q a[4];
+        F b[4];
+        bool whole = i + STEP <= cols;
+        UNROLL for (int r = 0; r < R; r++) {
+            const int8_t *p = q + (size_t)r * apart * cols + i;
+            a[r] = whole ? V(weights8)(p) : V(weights8_n)(p, (int)(cols - i));
+            b[r] = V(scales)(per, s + (size_t)r * scales_apart + g * sizeof(float), (int)(groups - g));
+        }
+        UNROLL for (int c = 0; c < C; c++) {
+            const size_t j = at + (size_t)c * x->width + i;
+            F lanes = V(load)(x->lane_scale + j / 4);
+            UNROLL for (int r = 0; r < R; r++) {
+                F products = V(dot4)(a[r], x->q + j, x->lane_bias + j / 4);
+                sums[r][c] = V(fma)(products, V(mul)(b[r], lanes), sums[r][c]);
+            }
+        }
+        if (per > 1) g += (size_t)per;
+        else if (++k == steps_per_group) k = 0, g++;
+    }
+    UNROLL for (int c = 0; c < C; c++) {
+        float four[4];
+        if (R == 4) V(sum4)(four, sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
+        else UNROLL for (int r = 0; r < R; r++) four[r] = V(sum)(sums[r][c]);
+        UNROLL for (int r = 0; r < R; r++) out[(size_t)c * ldo + (size_t)r * step] = four[r];
+    }
+}
+
+HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t row, size_t apart, const Activation *x,
+                    int b, float *out, size_t ldo) {
+    const size_t at = (size_t)b * x->width, cols = (size_t)w->cols;
+    out += (size_t)b * ldo + row;
+    if (!w->group) {
+        V(tile_f32)(R, C, w->f + row * cols, apart * cols, w->cols, x->f + at, x->width, out, ldo, apart);
+    } else if (w->group % STEP == 0) {
+        V(tile_int8)(R, C, 1, w, row, apart, x, at, out, ldo, apart);
+    } else if (w->group == STEP / 2) {
+        V(tile_int8)(R, C, 2, w, row, apart, x, at, out, ldo, apart);
+    } else {
+        V(tile_int8)(R, C, STEP / w->group, w, row, apart, x, at, out, ldo, apart);
+    }
+}
+
+// Any group size, for those that no vector holds evenly
+KERNEL void V(odd_groups)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to) {
+    const int n_groups = w->cols / w->group;
+    for (int b = 0; b < n; b++) {
+        for (int row = from; row < to; row++) {
+            const int8_t *q = w->q + (size_t)row * w->cols, *v = x->q + (size_t)b * x->width;
+            const unsigned char *scale = w->scale + (size_t)row * n_groups * sizeof(float);
+            float sum = 0.0f;
+            for (int g = 0; g < n_groups; g++) {
+                int32_t products = 0;
+                for (int i = g * w->group; i < (g + 1) * w->group; i++) products += (int32_t)q[i] * (int32_t)v[i];
+                sum += (float)products * f32_at(scale + (size_t)g * sizeof(float)) * x->scale[(size_t)b * x->width + (size_t)g];
+            }
+            out[(size_t)b * ldo + (size_t)row] = sum;
+        }
+    }
+}
+
+// Rows from..to of w (rows, cols) times the n rows of x (n, cols): out[b * ldo + row]. All the model's weights
+// are read here. Four rows are taken at once, a quarter of all apart: memory gives four streams faster than one.
+KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to) {
+    const int g = w->group;
+    if (g && !(g % STEP == 0 || (STEP % g == 0 && g >= 4))) {
+        V(odd_groups)(w, x, n, out, ldo, from, to);
+        return;
+    }
+    const int quarter = (to - from) / 4;
+    for (int r = from; r < from + quarter; r++) {
+        int b = 0;
+        for (; b + TILE <= n; b += TILE) V(tile)(4, TILE, w, (size_t)r, (size_t)quarter, x, b, out, ldo);
+        for (; b < n; b++) V(tile)(4, 1, w, (size_t)r, (size_t)quarter, x, b, out, ldo);
+    }
+    for (int r = from + 4 * quarter; r < to; r++) {
+        for (int b = 0; b < n; b++) V(tile)(1, 1, w, (size_t)r, 1, x, b, out, ldo);
+    }
+}
+
+// gate[i] = silu(gate[i]) * up[i], the middle of SwiGLU
+KERNEL void V(swiglu)(float *gate, const float *up, int n) {
+    const F one = V(set1)(1.0f), zero = V(set1)(0.0f);
+    for (int i = 0; i < n; i += LANES) {
+        const bool whole = i + LANES <= n;
+        F g = whole ? V(load)(gate + i) : V(load_n)(gate + i, n - i);
+        F u = whole ? V(load)(up + i) : V(load_n)(up + i, n - i);
+        // 1 / (1 + e^-g), written so that nothing overflows: with e = e^-|g| it is 1 / (1 + e) or e / (1 + e)
+        F e = V(exponential)(V(sub)(zero, V(abs)(g)));
+        F larger = V(div)(one, V(add)(one, e));
+        F positive = V(max)(g, zero), negative = V(sub)(g, positive);
+        F silu = V(add)(V(mul)(positive, larger), V(mul)(negative, V(mul)(e, larger)));
+        if (whole) V(store)(gate + i, V(mul)(silu, u));
+        else V(store_n)(gate + i, V(mul)(silu, u), n - i);
+    }
+}
+
+// One query head q (size,) over positions 0..last of its keys and values, both (size, room): out (size,).
+// scores has room for all positions.
+KERNEL void V(attend)(float *out, const float *q, const float *keys, const float *values, size_t room, int size,
+                      int last, float *scores) {
+    const int n = last + 1, blocks = (n + LANES - 1) / LANES * LANES;
+    const F root = V(set1)(sqrtf((float)size));
+    int t = 0;
+    for (; t + 4 * LANES <= blocks; t += 4 * LANES) {
+        F sum[4];
+        UNROLL for (int j = 0; j < 4; j++) sum[j] = V(set1)(0.0f);
+        for (int i = 0; i < size; i++) {
+            const float *k = keys + (size_t)i * room + t;
+            F a = V(set1)(q[i]);
+            UNROLL for (int j = 0; j < 4; j++) sum[j] = V(fma)(a, V(load)(k + j * LANES), sum[j]);
+        }
+        UNROLL for (int j = 0; j < 4; j++) V(store)(scores + t + j * LANES, V(div)(sum[j], root));
+    }
+    for (; t < blocks; t += LANES) {
+        F sum = V(set1)(0.0f);
+        for (int i = 0; i < size; i++) {
+            sum = V(fma)(V(set1)(q[i]), V(load)(keys + (size_t)i * room + t), sum);
+        }
+        V(store)(scores + t, V(div)(sum, root));
+    }
+    V(softmax)(scores, n);
+    int i = 0;
+    for (; i + 4 <= size; i += 4) {
+        F sum[4];
+        UNROLL for (int j = 0; j < 4; j++) sum[j] = V(set1)(0.0f);
+        for (t = 0; t < blocks; t += LANES) {
+            F p = V(load)(scores + t);
+            UNROLL for (int j = 0; j < 4; j++) {
+                sum[j] = V(fma)(p, V(load)(values + (size_t)(i + j) * room + t), sum[j]);
+            }
+        }
+        V(sum4)(out + i, sum[0], sum[1], sum[2], sum[3]);
+    }
+    for (; i < size; i++) {
+        F sum = V(set1)(0.0f);
+        for (t = 0; t < blocks; t += LANES) {
+            sum = V(fma)(V(load)(scores + t), V(load)(values + (size_t)i * room + t), sum);
+        }
+        out[i] = V(sum)(sum);
+    }
+}
+
+// Whether all n are finite
+KERNEL bool V(finite)(const float *x, int n) {
+    F zero = V(set1)(0.0f), sum = zero;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) sum = V(fma)(V(load)(x + i), zero, sum);  // 0 * infinity is not a number
+    if (i < n) sum = V(fma)(V(load_n)(x + i, n - i), zero, sum);
+    return V(sum)(sum) == 0.0f;
+}
+
+#define NAME_(isa) #isa
+#define NAME(isa) NAME_(isa)
+static const Kernels V(kernels) = {
+    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(attend), V(finite),
+};
+
+#undef NAME
+#undef NAME_
+#undef F
+#undef Q
+#undef KERNEL
+#undef HELPER
+#undef TILE
+#undef ISA
+#endif  // ISA

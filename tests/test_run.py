@@ -59,16 +59,17 @@ int main(int argc, char **argv) {
         } else {
             const unsigned char *b = (unsigned char *)bytes;
             int vocab = (int)(n - 20) / 4, draws = i32_at(b + 16);
-            Sampler s = {.n = vocab, .temperature = f32_at(b), .topp = f32_at(b + 4)};
-            memcpy(&s.rng, b + 8, 8);
-            s.candidates = malloc((size_t)vocab * sizeof(Candidate));
-            float *logits = malloc((size_t)vocab * sizeof(float));
+            Sampler s = {.n = vocab, .temperature = f32_at(b), .topp = f32_at(b + 4), .kernels = best_kernels()};
+            uint64_t rng;
+            memcpy(&rng, b + 8, 8);
+            Candidate *candidates = malloc((size_t)vocab * sizeof(Candidate));
+            float *logits = malloc(((size_t)vocab + LANES) * sizeof(float));
             for (int i = 0; i < draws; i++) {
                 memcpy(logits, b + 20, (size_t)vocab * sizeof(float));
-                printf("%d ", sample(&s, logits));
+                printf("%d ", sample(&s, logits, &rng, candidates));
             }
             free(logits);
-            free(s.candidates);
+            free(candidates);
         }
         printf("\n");
         free(bytes);
@@ -105,7 +106,7 @@ def builds(tmp_path_factory):
         "run_checked": [*common, *checks, str(ROOT / "run.c")],
         "harness": [*common, "-Wno-unused-function", *checks, str(out / "harness.c")],
     }
-    running = [subprocess.Popen([*cmd, "-o", str(out / name), "-lm"], stderr=subprocess.PIPE, text=True)
+    running = [subprocess.Popen([*cmd, "-o", str(out / name), "-lm", "-lpthread"], stderr=subprocess.PIPE, text=True)
                for name, cmd in jobs.items()]
     for process in running:
         _, errors = process.communicate()
