@@ -1,8 +1,9 @@
-"""Weights in and out of the files that run.c reads, in llama2.c's three layouts.
+"""Weights in and out of the files that run.c reads: llama2.c's three layouts, and one of ours.
 
     python export.py model.bin --checkpoint=out/ckpt.pt               # v0: fp32, bare header
     python export.py model.bin --checkpoint=out/ckpt.pt --version=1   # v1: fp32, magic and version
     python export.py model.bin --checkpoint=out/ckpt.pt --version=2   # v2: int8, a quarter of the size
+    python export.py model.bin --checkpoint=out/ckpt.pt --version=3   # v3: 4-bit, a seventh
     python export.py ckpt.pt --checkpoint=model.bin                   # and back, from any of them
 
 All numbers are little-endian. Matrices are row-major, (output, input), in the order of `tensor_names`.
@@ -11,6 +12,8 @@ has weights of its own, at the end), max_seq_len. v1 and v2 have a 256-byte head
 the same 7, a byte that says whether the classifier is shared, for v2 the int32 group size; at byte 48 our
 float32 rope_theta and norm_eps, where llama2.c leaves zeros (zero stands for its 10000 and 1e-5). In v2
 every tensor but the norms is int8 [-127, 127], all of it, then one float32 scale for every group of values.
+v3 is like v2 with 4-bit values [-8, 7] in groups of 32 and float16 scales. Rows are filled up with zeros to
+a multiple of 64 values; 64 values are 32 bytes: byte i holds value i + 8, and value 32 + i + 8 times 16.
 
 Not for: Hugging Face or GGUF files.
 """
@@ -29,7 +32,8 @@ from model import ModelArgs, load_checkpoint, model_from_checkpoint, rope_table,
 from tokenizer import CommandLine, atomic_write
 
 MAGIC = 0x616B3432  # "ak42"
-HEADER_BYTES = {0: 28, 1: 256, 2: 256}
+HEADER_BYTES = {0: 28, 1: 256, 2: 256, 3: 256}
+STEP, GROUP4 = 64, 32  # v3: rows are whole steps; values that share a scale
 SPARE = 48  # where in a 256-byte header rope_theta and norm_eps are
 DEFAULTS = 10000.0, 1e-5  # llama2.c's rope_theta and norm_eps, the only ones v0 can mean
 
@@ -82,7 +86,7 @@ def tensor_shape(name: str, args: ModelArgs) -> tuple[int, ...]:
 
 
 def is_quantized(version: int, name: str) -> bool:
-    return version == 2 and not name.endswith("norm.weight")
+    return version >= 2 and not name.endswith("norm.weight")
 
 
 def file_bytes(version: int, args: ModelArgs, group_size: int) -> int:
@@ -90,7 +94,14 @@ def file_bytes(version: int, args: ModelArgs, group_size: int) -> int:
     total = HEADER_BYTES[version]
     for name in tensor_names(version, args):
         numel = math.prod(tensor_shape(name, args))
-        total += numel + 4 * (numel // group_size) if is_quantized(version, name) else 4 * numel
+        if not is_quantized(version, name):
+            total += 4 * numel
+        elif version == 2:
+            total += numel + 4 * (numel // group_size)
+        else:
+            rows, cols = tensor_shape(name, args)
+            width = -(-cols // STEP) * STEP
+            total += rows * (width // 2 + 2 * (width // GROUP4))
     return total
 
 
@@ -104,6 +115,39 @@ def quantize(w: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tens
     scale = w.abs().amax(dim=1) / 127.0
     steps = torch.where(scale > 0, scale, 1.0)  # a group of zeros stays zeros
     return torch.round(w / steps[:, None]).to(torch.int8), scale
+
+
+def quantize4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """4-bit [-8, 7] in groups of 32 per row, (rows, width) int8, and (rows, width / 32) float16 scales.
+
+    Rows are filled up with zeros to whole steps of 64. Of 21 scales around the one that makes -8 of a group's
+    largest value, the one with the smallest squared error is taken.
+    """
+    rows, cols = w.shape
+    groups = torch.nn.functional.pad(w.float(), (0, -cols % STEP)).reshape(-1, GROUP4)
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    best, scale = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
+    for factor in torch.linspace(0.75, 1.25, 21).tolist():
+        candidate = (largest * factor / -8).half().float()
+        steps = torch.where(candidate != 0, candidate, 1.0)
+        q = (groups / steps).round().clamp(-8, 7)
+        error = (q * candidate - groups).square().sum(1, keepdim=True)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
+    q = (groups / torch.where(scale != 0, scale, 1.0)).round().clamp(-8, 7).to(torch.int8)
+    return q.reshape(rows, -1), scale.half().reshape(rows, -1)
+
+
+def pack4(q: torch.Tensor) -> np.ndarray:
+    """(rows, width) int8 in [-8, 7] → (rows, width / 2) bytes."""
+    halves = (q.numpy() + 8).astype(np.uint8).reshape(len(q), -1, 2, STEP // 2)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(len(q), -1)
+
+
+def unpack4(packed: np.ndarray) -> np.ndarray:
+    """The inverse of pack4."""
+    both = packed.reshape(len(packed), -1, 1, STEP // 2)
+    return (np.concatenate([both & 15, both >> 4], 2).astype(np.int8) - 8).reshape(len(packed), -1)
 
 
 def fit_group_size(args: ModelArgs, group_size: int) -> int:
@@ -120,13 +164,13 @@ def fit_group_size(args: ModelArgs, group_size: int) -> int:
 def write_bin(
     path: str, args: ModelArgs, state: dict[str, torch.Tensor], version: int = 0, group_size: int = 64
 ) -> float:
-    """Write a model; returns the largest absolute rounding error (0 unless v2).
+    """Write a model; returns the largest absolute rounding error (0 unless v2 or v3).
 
     Raises SystemExit if the version cannot hold this model, OSError if the file cannot be written.
     """
     if version == 0 and (args.rope_theta, args.norm_eps) != DEFAULTS:
         raise SystemExit("v0 files cannot say rope_theta or norm_eps; add --version=1")
-    group_size = fit_group_size(args, group_size)
+    group_size = GROUP4 if version == 3 else fit_group_size(args, group_size)
     shape = args.dim, args.hidden_dim, args.n_layers, args.n_heads, args.n_kv_heads
     if version == 0:
         sign = 1 if args.tie_embeddings else -1
@@ -137,7 +181,7 @@ def write_bin(
         header = struct.pack(
             "<Ii7iB", MAGIC, version, *shape, args.vocab_size, args.max_seq_len, args.tie_embeddings
         )
-        header += struct.pack("<i", group_size) if version == 2 else b""
+        header += struct.pack("<i", group_size) if version >= 2 else b""
         theta, eps = (
             0.0 if value == default else value
             for value, default in zip((args.rope_theta, args.norm_eps), DEFAULTS, strict=True)
@@ -150,6 +194,13 @@ def write_bin(
         f.write(header)
         for name in tensor_names(version, args):
             w = state[name].detach().cpu().float()
+            if is_quantized(version, name) and version == 3:
+                q, scale = quantize4(w)
+                back = (q.reshape(-1, GROUP4) * scale.float().reshape(-1, 1)).reshape(q.shape)[:, : w.shape[1]]
+                error = max(error, (back - w).abs().max().item())
+                f.write(pack4(q).tobytes())
+                f.write(scale.numpy().astype("<f2", copy=False).tobytes())
+                continue
             if is_quantized(version, name):
                 q, scale = quantize(w, group_size)
                 error = max(error, (q * scale[:, None] - w.reshape(q.shape)).abs().max().item())
@@ -165,10 +216,10 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
     magic, version = struct.unpack("<Ii", raw[:8].ljust(8, b"\0"))
     if magic != MAGIC:
         version, offset = 0, 0
-    elif version in (1, 2):
+    elif version in (1, 2, 3):
         offset = 8
     else:
-        raise SystemExit(f"{path} is a model file of version {version}; this program knows 0, 1 and 2")
+        raise SystemExit(f"{path} is a model file of version {version}; this program knows 0 to 3")
     if len(raw) < HEADER_BYTES[version]:
         raise SystemExit(f"{path} is no model file: it has only {len(raw)} bytes")
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = struct.unpack_from(
@@ -179,6 +230,8 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
     try:
         if hidden_dim < 1 or version == 2 and (group_size < 1 or dim % group_size or hidden_dim % group_size):
             raise ValueError(f"hidden_dim={hidden_dim}, group size={group_size}")
+        if version == 3 and group_size != GROUP4:
+            raise ValueError(f"group size={group_size}")
         if n_layers > size // 28 or max_seq_len > 2**24:  # before anything is made of that length
             raise ValueError(f"n_layers={n_layers}, max_seq_len={max_seq_len}")
         args = ModelArgs(
@@ -203,7 +256,7 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
 
 
 def read_bin(path: str) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
-    """Shape and fp32 state dict of a v0, v1 or v2 file. Raises SystemExit for anything else, OSError if
+    """Shape and fp32 state dict of a v0, v1, v2 or v3 file. Raises SystemExit for anything else, OSError if
     unreadable.
     """
     with open(path, "rb") as f:
@@ -213,7 +266,13 @@ def read_bin(path: str) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
         for name in tensor_names(version, args):
             shape = tensor_shape(name, args)
             numel = math.prod(shape)
-            if is_quantized(version, name):
+            if is_quantized(version, name) and version == 3:
+                rows, cols = shape
+                width = -(-cols // STEP) * STEP
+                q = unpack4(np.fromfile(f, np.uint8, rows * width // 2).reshape(rows, -1))
+                scale = np.fromfile(f, "<f2", rows * width // GROUP4).astype(np.float32)
+                w = (q.reshape(-1, GROUP4) * scale[:, None]).reshape(rows, width)[:, :cols].copy()
+            elif is_quantized(version, name):
                 q = np.fromfile(f, np.int8, numel).reshape(-1, group_size)
                 w = q * np.fromfile(f, "<f4", numel // group_size)[:, None]
             else:
@@ -260,6 +319,8 @@ def main() -> None:
     except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
         raise SystemExit(f"cannot write {args.output}: {e}") from None
     note = ""
+    if args.version == 3:
+        note = f", largest error {error:.2g}"
     if args.version == 2:
         used = fit_group_size(model.args, args.group_size)
         note = f", groups of {used}" + (

@@ -59,6 +59,7 @@
 #endif
 
 enum { UNK = 0, BOS = 1, EOS = 2 };   // the ids of Llama's special tokens
+enum { LANES = 16, STEP = 64 };       // floats in a vector, int8 in a vector
 
 // ---------------------------------------------------------------------------------------------------------
 // Structs
@@ -73,18 +74,20 @@ typedef struct {
     int seq_len;             // the longest context the model was trained for
     int head_size;           // dim / n_heads
     int kv_dim;              // n_kv_heads * head_size
-    int group_size;          // int8 values that share a scale; 0: the weights are fp32
+    int bits;                // of a weight: 32 (fp32), 8 or 4
+    int group_size;          // int8 or 4-bit values that share a scale; 0 for fp32
     bool shared_classifier;  // the classifier is the embedding table
     float rope_theta;
     float norm_eps;
 } Config;
 
-typedef struct {                 // a matrix (rows, cols), row-major: fp32 in f, or int8 groups in q and scale
+typedef struct {                 // a matrix (rows, cols), row-major: fp32 in f, or groups in q and scale
     const float *f;              // (rows, cols), or NULL
-    const int8_t *q;             // (rows, cols), or NULL
-    const unsigned char *scale;  // (rows, cols / group) float32, which a group < 4 may leave unaligned
-    int rows, cols;
+    const unsigned char *q;      // (rows, row_bytes): int8, or 4-bit with cols rounded up to STEP, or NULL
+    const unsigned char *scale;  // (rows, groups) float32, half floats for 4-bit; perhaps not aligned
+    int rows, cols, bits;
     int group;                   // 0 for fp32
+    size_t row_bytes, groups;    // of a row
 } Tensor;
 
 typedef struct {
@@ -270,6 +273,18 @@ static void flush_stdout(void) {
 static int32_t i32_at(const unsigned char *p) { int32_t v; memcpy(&v, p, sizeof v); return v; }
 static float f32_at(const unsigned char *p) { float v; memcpy(&v, p, sizeof v); return v; }
 
+static float f16_at(const unsigned char *p) {  // a half float, by moving its bits to where a float has them
+    uint32_t half = (uint32_t)p[0] | (uint32_t)p[1] << 8, bits = (half & 0x7FFF) << 13;
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    v *= 0x1p112f;  // the difference of the exponents' offsets
+    if ((half & 0x7C00) == 0x7C00) v = NAN;  // no weight has such a scale
+    return half & 0x8000 ? -v : v;
+}
+
+// Columns rounded up to whole vectors of int8
+static size_t whole_steps(int cols) { return ((size_t)cols + STEP - 1) / STEP * STEP; }
+
 // ---------------------------------------------------------------------------------------------------------
 // Threads: all of them run the same forward pass, each its share of the rows, and meet at barriers
 
@@ -425,7 +440,6 @@ static int physical_cores(void) {
     #define UNROLL
 #endif
 
-enum { LANES = 16, STEP = 64 };  // floats in a vector, int8 in a vector
 #define LOWER_HALF 0x1.fffffep-2f  // the float before 0.5: adding it and truncating rounds half away from zero
 
 // Plain C: the compiler makes of it what the machine's baseline has.
@@ -495,6 +509,8 @@ INLINE F_plain halves_plain(float low, float high) {
     EACH r.v[j] = j < LANES / 2 ? low : high;
     return r;
 }
+
+INLINE F_plain halves16_plain(const unsigned char *p) { return halves_plain(f16_at(p), f16_at(p + 2)); }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -582,6 +598,11 @@ AVX2 F_avx2 dot4_avx2(Q_avx2 w, const int8_t *x, const int32_t *bias) {
     return (F_avx2){dot4_8_avx2(w.a, bytes_avx2(x)), dot4_8_avx2(w.b, bytes_avx2(x + 32))};
 }
 
+AVX2 F_avx2 halves16_avx2(const unsigned char *p) {
+    __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(i32_at(p)));
+    return (F_avx2){_mm256_broadcastss_ps(two), _mm256_broadcastss_ps(_mm_movehdup_ps(two))};
+}
+
 // AVX-512 with VNNI: Intel servers since 2019, AMD since 2022
 #define TARGET_avx512 \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")))
@@ -644,6 +665,11 @@ AVX512 __m512i weights4_avx512(const uint8_t *p) {
 }
 AVX512 __m512 dot4_avx512(__m512i w, const int8_t *x, const int32_t *bias) {
     return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(bias), w, _mm512_loadu_si512(x)));
+}
+AVX512 __m512 halves16_avx512(const unsigned char *p) {
+    __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(i32_at(p)));
+    __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    return _mm512_permutexvar_ps(half, _mm512_castps128_ps512(two));
 }
 #endif  // x86-64
 
@@ -736,6 +762,7 @@ INLINE F_neon dot4_neon(Q_neon w, const int8_t *x, const int32_t *bias) {
     }
     return r;
 }
+NEON halves16_neon(const unsigned char *p) { return halves_neon(f16_at(p), f16_at(p + 2)); }
 #endif  // aarch64
 
 // ---------------------------------------------------------------------------------------------------------
@@ -837,13 +864,16 @@ static const float *take_floats(Walk *w, int n) {
 }
 
 static Tensor take_tensor(Walk *w, const Config *c, int rows, int cols) {
-    Tensor t = {.rows = rows, .cols = cols, .group = c->group_size};
-    if (t.group == 0) {
+    Tensor t = {.rows = rows, .cols = cols, .bits = c->bits, .group = c->group_size};
+    if (t.bits == 32) {
         t.f = (const float *)(const void *)take(w, rows, cols, sizeof(float));
-    } else {
-        t.q = (const int8_t *)take(w, rows, cols, 1);
-        t.scale = take(w, rows, cols / t.group, sizeof(float));
+        return t;
     }
+    const size_t width = t.bits == 4 ? whole_steps(cols) : (size_t)cols;
+    t.row_bytes = width * (size_t)t.bits / 8;
+    t.groups = width / (size_t)t.group;
+    t.q = take(w, rows, t.row_bytes, 1);
+    t.scale = take(w, rows, t.groups, t.bits == 4 ? 2 : sizeof(float));
     return t;
 }
 
@@ -925,7 +955,7 @@ static int read_header(Walk *f, Config *c) {
     if (f->file->size < V0_HEADER) die(f->path, "truncated: %zu bytes are no model", f->file->size);
     if (i32_at(d) == MODEL_MAGIC) {
         version = i32_at(d + 4);
-        if (version < 1 || version > 2) die(f->path, "model version %d; run knows 0, 1 and 2", version);
+        if (version < 1 || version > 3) die(f->path, "model version %d; run knows 0 to 3", version);
         if (f->file->size < V1_HEADER) die(f->path, "truncated: the file ends inside its header");
         ints = d + 8;
     }
@@ -933,7 +963,7 @@ static int read_header(Walk *f, Config *c) {
     *c = (Config){
         .dim = i32_at(ints), .hidden_dim = i32_at(ints + 4), .n_layers = i32_at(ints + 8),
         .n_heads = i32_at(ints + 12), .n_kv_heads = i32_at(ints + 16), .vocab_size = vocab_size,
-        .seq_len = i32_at(ints + 24), .shared_classifier = true, .rope_theta = 10000.0f, .norm_eps = 1e-5f,
+        .seq_len = i32_at(ints + 24), .shared_classifier = true, .bits = 32, .rope_theta = 10000.0f, .norm_eps = 1e-5f,
     };
     if (version == 0) {
         f->at = V0_HEADER;
@@ -956,6 +986,13 @@ static int read_header(Walk *f, Config *c) {
                 group, c->dim, c->hidden_dim);
         }
         c->group_size = group;
+        c->bits = 8;
+    }
+    if (version == 3) {
+        int group = i32_at(d + 37);
+        if (group != STEP / 2) die(f->path, "damaged header: 4-bit groups of %d, not 32", group);
+        c->group_size = group;
+        c->bits = 4;
     }
     return version;
 }
@@ -965,7 +1002,7 @@ enum { MAX_ROWS = 128 };  // tokens that are fed at once, of a prompt or of as m
 static float *floats(size_t a, size_t b) { return allocate(a, b, sizeof(float), "the model's state"); }
 
 static Activation activation(int rows, int n, bool quantized) {
-    Activation a = {.width = ((size_t)n + STEP - 1) / STEP * STEP};
+    Activation a = {.width = whole_steps(n)};
     a.f = floats(rows, a.width);
     if (!quantized) return a;
     a.q = allocate(rows, a.width, 1, "the model's state");
@@ -1098,13 +1135,18 @@ static void free_model(Model *m) {
 // Forward
 
 static void copy_row(float *restrict out, const Tensor *w, int row) {
-    size_t at = (size_t)row * w->cols;
-    if (!w->group) {
-        memcpy(out, w->f + at, (size_t)w->cols * sizeof(float));
-        return;
+    const size_t at = (size_t)row;
+    if (w->bits == 32) memcpy(out, w->f + at * (size_t)w->cols, (size_t)w->cols * sizeof(float));
+    for (size_t i = 0; w->bits == 8 && i < (size_t)w->cols; i++) {
+        float scale = f32_at(w->scale + (at * w->groups + i / (size_t)w->group) * sizeof(float));
+        out[i] = (float)(int8_t)w->q[at * w->row_bytes + i] * scale;
     }
-    for (size_t i = 0; i < (size_t)w->cols; i++) {
-        out[i] = (float)w->q[at + i] * f32_at(w->scale + (at + i) / (size_t)w->group * sizeof(float));
+    for (size_t i = 0; w->bits == 4 && i < (size_t)w->cols; i++) {
+        // a byte holds a value of the lower half of a step, and above it that of the upper half
+        size_t half = STEP / 2, byte = i / STEP * half + i % half;
+        int both = w->q[at * w->row_bytes + byte];
+        int value = i % STEP < half ? both & 15 : both >> 4;
+        out[i] = (float)(value - 8) * f16_at(w->scale + (at * w->groups + i / half) * 2);
     }
 }
 
@@ -1123,21 +1165,20 @@ static const Activation *prepare(Model *m, int thread, Activation *shared, int n
                                  const float *norm) {
     const Config *c = &m->config;
     Activation *to = n == 1 ? &m->state.own[thread] : shared;
+    const size_t padded = whole_steps(cols);
     int from = 0, end = n;
+    if (!norm && !c->group_size) return shared;
     if (n > 1) share(n, 1, thread, m->pool->n, &from, &end);
     for (int b = from; b < end; b++) {
         float *out = to->f + (size_t)b * to->width;
         if (norm) m->kernels->rmsnorm(out, x + (size_t)b * c->dim, norm, cols, c->norm_eps);
         else if (n == 1) memcpy(out, shared->f, (size_t)cols * sizeof(float));
-        if (c->group_size) m->kernels->quantize(to, b, cols, c->group_size);
+        // own buffers serve for widths of dim and hidden_dim: zeros behind the row
+        if (n == 1) memset(out + cols, 0, (padded - (size_t)cols) * sizeof(float));
+        if (n == 1 && to->q) memset(to->q + cols, 0, padded - (size_t)cols);
+        if (c->group_size) m->kernels->quantize(to, b, c->bits == 4 ? (int)padded : cols, c->group_size);
     }
-    if (n == 1) {  // own buffers serve for widths of dim and hidden_dim: zeros behind the row
-        size_t padded = ((size_t)cols + STEP - 1) / STEP * STEP;
-        memset(to->f + cols, 0, (padded - (size_t)cols) * sizeof(float));
-        if (to->q) memset(to->q + cols, 0, padded - (size_t)cols);
-    } else {
-        meet(m->pool);
-    }
+    if (n > 1) meet(m->pool);
     return to;
 }
 
@@ -2390,14 +2431,13 @@ HELPER F V(scales)(const int per, const unsigned char *p, int left) {
     return V(load)(s);
 }
 
-// The same of int8 weights: whole numbers are summed by fours, then scaled and summed as floats.
-HELPER void V(tile_int8)(const int R, const int C, const int per, const Tensor *w, size_t row, size_t apart,
-                         const Activation *x, size_t at, float *out, size_t ldo, size_t step) {
-    const size_t cols = (size_t)w->cols, groups = cols / (size_t)w->group;
+// The same of int8 or 4-bit weights: whole numbers are summed by fours, then scaled and summed as floats.
+HELPER void V(tile_int)(const int R, const int C, const int bits, const int per, const Tensor *w, size_t row,
+                        size_t apart, const Activation *x, size_t at, float *out, size_t ldo, size_t step) {
+    const size_t cols = (size_t)w->cols, scale_bytes = bits == 4 ? 2 : sizeof(float);
     const size_t steps_per_group = per > 1 ? 1 : (size_t)w->group / STEP;
-    const int8_t *q = w->q + row * cols;
-    const unsigned char *s = w->scale + row * groups * sizeof(float);
-    const size_t scales_apart = apart * groups * sizeof(float);
+    const unsigned char *q = w->q + row * w->row_bytes, *s = w->scale + row * w->groups * scale_bytes;
+    const size_t scales_apart = apart * w->groups * scale_bytes;
     F sums[4][6];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
     for (size_t i = 0, g = 0, k = 0; i < cols; i += STEP) {
@@ -2405,9 +2445,11 @@ HELPER void V(tile_int8)(const int R, const int C, const int per, const Tensor *
         F b[4];
         bool whole = i + STEP <= cols;
         UNROLL for (int r = 0; r < R; r++) {
-            const int8_t *p = q + (size_t)r * apart * cols + i;
-            a[r] = whole ? V(weights8)(p) : V(weights8_n)(p, (int)(cols - i));
-            b[r] = V(scales)(per, s + (size_t)r * scales_apart + g * sizeof(float), (int)(groups - g));
+            const unsigned char *p = q + (size_t)r * apart * w->row_bytes + i * (size_t)bits / 8;
+            const unsigned char *scale = s + (size_t)r * scales_apart + g * scale_bytes;
+            if (bits == 4) a[r] = V(weights4)(p);
+            else a[r] = whole ? V(weights8)((const int8_t *)p) : V(weights8_n)((const int8_t *)p, (int)(cols - i));
+            b[r] = bits == 4 ? V(halves16)(scale) : V(scales)(per, scale, (int)(w->groups - g));
         }
         UNROLL for (int c = 0; c < C; c++) {
             const size_t j = at + (size_t)c * x->width + i;
@@ -2432,29 +2474,32 @@ HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t row, size_
                     int b, float *out, size_t ldo) {
     const size_t at = (size_t)b * x->width, cols = (size_t)w->cols;
     out += (size_t)b * ldo + row;
-    if (!w->group) {
+    if (w->bits == 32) {
         V(tile_f32)(R, C, w->f + row * cols, apart * cols, w->cols, x->f + at, x->width, out, ldo, apart);
+    } else if (w->bits == 4) {
+        V(tile_int)(R, C, 4, 2, w, row, apart, x, at, out, ldo, apart);
     } else if (w->group % STEP == 0) {
-        V(tile_int8)(R, C, 1, w, row, apart, x, at, out, ldo, apart);
+        V(tile_int)(R, C, 8, 1, w, row, apart, x, at, out, ldo, apart);
     } else if (w->group == STEP / 2) {
-        V(tile_int8)(R, C, 2, w, row, apart, x, at, out, ldo, apart);
+        V(tile_int)(R, C, 8, 2, w, row, apart, x, at, out, ldo, apart);
     } else {
-        V(tile_int8)(R, C, STEP / w->group, w, row, apart, x, at, out, ldo, apart);
+        V(tile_int)(R, C, 8, STEP / w->group, w, row, apart, x, at, out, ldo, apart);
     }
 }
 
 // Any group size, for those that no vector holds evenly
 KERNEL void V(odd_groups)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to) {
-    const int n_groups = w->cols / w->group;
     for (int b = 0; b < n; b++) {
+        const int8_t *v = x->q + (size_t)b * x->width;
+        const float *x_scale = x->scale + (size_t)b * x->width;
         for (int row = from; row < to; row++) {
-            const int8_t *q = w->q + (size_t)row * w->cols, *v = x->q + (size_t)b * x->width;
-            const unsigned char *scale = w->scale + (size_t)row * n_groups * sizeof(float);
+            const int8_t *q = (const int8_t *)w->q + (size_t)row * w->row_bytes;
+            const unsigned char *scale = w->scale + (size_t)row * w->groups * sizeof(float);
             float sum = 0.0f;
-            for (int g = 0; g < n_groups; g++) {
+            for (size_t g = 0; g < w->groups; g++) {
                 int32_t products = 0;
-                for (int i = g * w->group; i < (g + 1) * w->group; i++) products += (int32_t)q[i] * (int32_t)v[i];
-                sum += (float)products * f32_at(scale + (size_t)g * sizeof(float)) * x->scale[(size_t)b * x->width + (size_t)g];
+                for (int i = 0; i < w->group; i++) products += (int32_t)*q++ * (int32_t)v[g * (size_t)w->group + (size_t)i];
+                sum += (float)products * f32_at(scale + g * sizeof(float)) * x_scale[g];
             }
             out[(size_t)b * ldo + (size_t)row] = sum;
         }
