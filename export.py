@@ -196,7 +196,8 @@ def write_bin(
             w = state[name].detach().cpu().float()
             if is_quantized(version, name) and version == 3:
                 q, scale = quantize4(w)
-                back = (q.reshape(-1, GROUP4) * scale.float().reshape(-1, 1)).reshape(q.shape)[:, : w.shape[1]]
+                values = q.reshape(-1, GROUP4) * scale.float().reshape(-1, 1)
+                back = values.reshape(q.shape)[:, : w.shape[1]]
                 error = max(error, (back - w).abs().max().item())
                 f.write(pack4(q).tobytes())
                 f.write(scale.numpy().astype("<f2", copy=False).tobytes())

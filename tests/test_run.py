@@ -59,7 +59,8 @@ int main(int argc, char **argv) {
         } else {
             const unsigned char *b = (unsigned char *)bytes;
             int vocab = (int)(n - 20) / 4, draws = i32_at(b + 16);
-            Sampler s = {.n = vocab, .temperature = f32_at(b), .topp = f32_at(b + 4), .kernels = best_kernels()};
+            Sampler s = {.n = vocab, .temperature = f32_at(b), .topp = f32_at(b + 4)};
+            s.kernels = best_kernels();
             uint64_t rng;
             memcpy(&rng, b + 8, 8);
             Candidate *candidates = malloc((size_t)vocab * sizeof(Candidate));
@@ -106,8 +107,10 @@ def builds(tmp_path_factory):
         "run_checked": [*common, *checks, str(ROOT / "run.c")],
         "harness": [*common, "-Wno-unused-function", *checks, str(out / "harness.c")],
     }
-    running = [subprocess.Popen([*cmd, "-o", str(out / name), "-lm", "-lpthread"], stderr=subprocess.PIPE, text=True)
-               for name, cmd in jobs.items()]
+    running = [
+        subprocess.Popen([*cmd, "-o", str(out / name), "-lm", "-lpthread"], stderr=subprocess.PIPE, text=True)
+        for name, cmd in jobs.items()
+    ]
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
