@@ -12,8 +12,11 @@ has weights of its own, at the end), max_seq_len. v1 and v2 have a 256-byte head
 the same 7, a byte that says whether the classifier is shared, for v2 the int32 group size; at byte 48 our
 float32 rope_theta and norm_eps, where llama2.c leaves zeros (zero stands for its 10000 and 1e-5). In v2
 every tensor but the norms is int8 [-127, 127], all of it, then one float32 scale for every group of values.
-v3 is like v2 with 4-bit values [-8, 7] in groups of 32 and float16 scales. Rows are filled up with zeros to
-a multiple of 64 values; 64 values are 32 bytes: byte i holds value i + 8, and value 32 + i + 8 times 16.
+v3 is like v2 with 4-bit values [-8, 7] in groups of 32 of a row, with float16 scales, in the order in which
+run.c reads them: by bands of 16 rows. Each such tensor begins at a multiple of 64 bytes and is filled up with
+zeros to a multiple of 16 rows and 32 columns. Its values come first, (bands, groups, 4, 16 rows, 4) bytes:
+byte j of vector i holds the group's column 8i + j, plus 8, and in its upper half column 8i + 4 + j, plus 8.
+The scales follow, (bands, groups, 16 rows).
 
 Not for: Hugging Face or GGUF files.
 """
@@ -33,7 +36,7 @@ from tokenizer import CommandLine, atomic_write
 
 MAGIC = 0x616B3432  # "ak42"
 HEADER_BYTES = {0: 28, 1: 256, 2: 256, 3: 256}
-STEP, GROUP4 = 64, 32  # v3: rows are whole steps; values that share a scale
+GROUP4, BAND, ALIGN = 32, 16, 64  # v3: values that share a scale, rows in a band, where tensors begin
 SPARE = 48  # where in a 256-byte header rope_theta and norm_eps are
 DEFAULTS = 10000.0, 1e-5  # llama2.c's rope_theta and norm_eps, the only ones v0 can mean
 
@@ -100,8 +103,8 @@ def file_bytes(version: int, args: ModelArgs, group_size: int) -> int:
             total += numel + 4 * (numel // group_size)
         else:
             rows, cols = tensor_shape(name, args)
-            width = -(-cols // STEP) * STEP
-            total += rows * (width // 2 + 2 * (width // GROUP4))
+            groups = -(-rows // BAND) * BAND * -(-cols // GROUP4)
+            total = -(-total // ALIGN) * ALIGN + groups * (GROUP4 // 2 + 2)
     return total
 
 
@@ -118,36 +121,45 @@ def quantize(w: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def quantize4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """4-bit [-8, 7] in groups of 32 per row, (rows, width) int8, and (rows, width / 32) float16 scales.
+    """(rows, cols) → 4-bit [-8, 7] (bands * 16, groups * 32) int8, and float16 scales (bands * 16, groups).
 
-    Rows are filled up with zeros to whole steps of 64. Of 21 scales around the one that makes -8 of a group's
-    largest value, the one with the smallest squared error is taken.
+    Zeros fill up the last band and group. Of 21 scales around the one that makes -8 of a group's largest
+    value, the one with the smallest squared error is taken.
     """
     rows, cols = w.shape
-    groups = torch.nn.functional.pad(w.float(), (0, -cols % STEP)).reshape(-1, GROUP4)
-    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
-    best, scale = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
-    for factor in torch.linspace(0.75, 1.25, 21).tolist():
-        candidate = (largest * factor / -8).half().float()
-        steps = torch.where(candidate != 0, candidate, 1.0)
-        q = (groups / steps).round().clamp(-8, 7)
-        error = (q * candidate - groups).square().sum(1, keepdim=True)
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
-    q = (groups / torch.where(scale != 0, scale, 1.0)).round().clamp(-8, 7).to(torch.int8)
-    return q.reshape(rows, -1), scale.half().reshape(rows, -1)
+    padded = torch.nn.functional.pad(w.float(), (0, -cols % GROUP4, 0, -rows % BAND))
+    parts = []
+    for groups in padded.reshape(-1, GROUP4).split(1 << 13):  # as many as the caches hold
+        largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+        best, scale = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
+        for factor in torch.linspace(0.75, 1.25, 21).tolist():
+            candidate = (largest * factor / -8).half().float()
+            steps = torch.where(candidate != 0, candidate, 1.0)
+            q = (groups / steps).round_().clamp_(-8, 7)
+            error = q.mul_(candidate).sub_(groups).square_().sum(1, keepdim=True)
+            better = error < best
+            best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
+        q = (groups / torch.where(scale != 0, scale, 1.0)).round_().clamp_(-8, 7)
+        parts.append((q.to(torch.int8), scale.half()))
+    q, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    return q.reshape(padded.shape), scale.reshape(len(padded), -1)
 
 
-def pack4(q: torch.Tensor) -> np.ndarray:
-    """(rows, width) int8 in [-8, 7] → (rows, width / 2) bytes."""
-    halves = (q.numpy() + 8).astype(np.uint8).reshape(len(q), -1, 2, STEP // 2)
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(len(q), -1)
+def pack4(q: torch.Tensor, scale: torch.Tensor) -> bytes:
+    """What quantize4 returns, as v3 holds it."""
+    units = (q.numpy() + 8).astype(np.uint8).reshape(-1, BAND, q.shape[1] // 8, 2, 4).transpose(3, 0, 2, 1, 4)
+    scales = scale.numpy().reshape(-1, BAND, scale.shape[1]).transpose(0, 2, 1)
+    return (units[0] | units[1] << 4).tobytes() + scales.astype("<f2").tobytes()
 
 
-def unpack4(packed: np.ndarray) -> np.ndarray:
-    """The inverse of pack4."""
-    both = packed.reshape(len(packed), -1, 1, STEP // 2)
-    return (np.concatenate([both & 15, both >> 4], 2).astype(np.int8) - 8).reshape(len(packed), -1)
+def unpack4(packed: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """(rows, cols) float32 of a v3 tensor's bytes."""
+    bands, groups = -(-rows // BAND), -(-cols // GROUP4)
+    values, scales = np.split(packed, [bands * groups * BAND * GROUP4 // 2])
+    units = values.reshape(bands, groups * 4, BAND, 4)
+    q = np.stack([units & 15, units >> 4]).transpose(1, 3, 2, 0, 4).reshape(-1, GROUP4).astype(np.float32) - 8
+    scale = scales.view("<f2").reshape(bands, groups, BAND).transpose(0, 2, 1).reshape(-1, 1)
+    return (q * scale.astype(np.float32)).reshape(bands * BAND, groups * GROUP4)[:rows, :cols]
 
 
 def fit_group_size(args: ModelArgs, group_size: int) -> int:
@@ -195,12 +207,10 @@ def write_bin(
         for name in tensor_names(version, args):
             w = state[name].detach().cpu().float()
             if is_quantized(version, name) and version == 3:
-                q, scale = quantize4(w)
-                values = q.reshape(-1, GROUP4) * scale.float().reshape(-1, 1)
-                back = values.reshape(q.shape)[:, : w.shape[1]]
-                error = max(error, (back - w).abs().max().item())
-                f.write(pack4(q).tobytes())
-                f.write(scale.numpy().astype("<f2", copy=False).tobytes())
+                packed = pack4(*quantize4(w))
+                back = unpack4(np.frombuffer(packed, np.uint8), *w.shape)
+                error = max(error, np.abs(back - w.numpy()).max().item())
+                f.write(bytes(-f.tell() % ALIGN) + packed)
                 continue
             if is_quantized(version, name):
                 q, scale = quantize(w, group_size)
@@ -269,10 +279,9 @@ def read_bin(path: str) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
             numel = math.prod(shape)
             if is_quantized(version, name) and version == 3:
                 rows, cols = shape
-                width = -(-cols // STEP) * STEP
-                q = unpack4(np.fromfile(f, np.uint8, rows * width // 2).reshape(rows, -1))
-                scale = np.fromfile(f, "<f2", rows * width // GROUP4).astype(np.float32)
-                w = (q.reshape(-1, GROUP4) * scale[:, None]).reshape(rows, width)[:, :cols].copy()
+                f.seek(-f.tell() % ALIGN, os.SEEK_CUR)
+                groups = -(-rows // BAND) * BAND * -(-cols // GROUP4)
+                w = unpack4(np.fromfile(f, np.uint8, groups * (GROUP4 // 2 + 2)), rows, cols).copy()
             elif is_quantized(version, name):
                 q = np.fromfile(f, np.int8, numel).reshape(-1, group_size)
                 w = q * np.fromfile(f, "<f4", numel // group_size)[:, None]

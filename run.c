@@ -20,6 +20,7 @@
 #define _FILE_OFFSET_BITS 64   // files above 2 GB on 32-bit systems
 #define _CRT_SECURE_NO_WARNINGS
 
+#include <ctype.h>
 #include <errno.h>
 #include <float.h>
 #include <limits.h>
@@ -59,7 +60,9 @@
 #endif
 
 enum { UNK = 0, BOS = 1, EOS = 2 };   // the ids of Llama's special tokens
-enum { LANES = 16, STEP = 64 };       // floats in a vector, int8 in a vector
+enum { LANES = 16 };                  // floats in a vector, and rows of a matrix in a band
+enum { BAND = 64 };                   // bytes of a vector: for each row of a band a float, or 4 int8
+enum { GROUP4 = 32 };                 // 4-bit values that share a scale
 
 // ---------------------------------------------------------------------------------------------------------
 // Structs
@@ -81,13 +84,15 @@ typedef struct {
     float norm_eps;
 } Config;
 
-typedef struct {                 // a matrix (rows, cols), row-major: fp32 in f, or groups in q and scale
-    const float *f;              // (rows, cols), or NULL
-    const unsigned char *q;      // (rows, row_bytes): int8, or 4-bit with cols rounded up to STEP, or NULL
-    const unsigned char *scale;  // (rows, groups) float32, half floats for 4-bit; perhaps not aligned
+typedef struct {                  // a matrix (rows, cols)
+    const float *f;               // fp32, row-major, in the file
+    const unsigned char *q;       // or int8, row-major, in the file,
+    const unsigned char *scale;   // with (rows, groups) float32; perhaps not aligned
+    const unsigned char *values;  // what matmul reads, see pack(): (bands, groups, units, BAND) bytes; 4-bit: half
+    const unsigned char *scales;  // (bands, groups, LANES) float32; 4-bit: half floats
     int rows, cols, bits;
-    int group;                   // 0 for fp32
-    size_t row_bytes, groups;    // of a row
+    int group;                    // of a row, values that share a scale; 0 for fp32
+    size_t groups, units;         // of a row; of a group, 4 bytes of one row each
 } Tensor;
 
 typedef struct {
@@ -107,13 +112,12 @@ typedef struct {
     Tensor wcls;             // (vocab_size, dim)
 } Weights;
 
-typedef struct {          // the input of a matmul: rows of `width` values, cols rounded up to STEP, zeros behind
-    float *f;             // (rows, width)
-    int8_t *q;            // (rows, width) quantize() makes this of f, and what follows; fp32 weights need none
-    float *scale;         // (rows, width) of which a group has one
-    float *lane_scale;    // (rows, width / 4) the same for each lane of a vector
-    int32_t *lane_bias;   // (rows, width / 4) -128 times the lane's sum: takes out what makes weights unsigned
-    size_t width;
+typedef struct {          // the input of a matmul
+    float *f;             // (rows, width), cols rounded up to LANES with zeros behind
+    int8_t *q;            // (rows, groups, 4 * units) quantize() makes this of f, and what follows; fp32: NULL
+    float *scale;         // (rows, groups)
+    int32_t *bias;        // (rows, groups) what a sum of products begins with: takes out the weights' offset
+    size_t width, groups, units;
 } Activation;
 
 typedef struct {      // what attention remembers of one text, in which room grows with it
@@ -137,7 +141,7 @@ typedef struct {
     float *hb2;          // (rows, hidden_dim)
     float *q;            // (rows, n_heads, head_size)
     float *k, *v;        // (rows, n_kv_heads, head_size)
-    float *scores;       // (threads, room) one head's
+    float *scores;       // (threads, MAX_QUERIES, room)
     float *logits;       // (logit_rows, vocab_width)
     int logit_rows;
     size_t vocab_width;  // vocab_size rounded up to LANES
@@ -145,16 +149,25 @@ typedef struct {
     int room;            // positions, in rope and scores
 } RunState;
 
+typedef struct {      // a query head of a row, which sees all positions up to its own
+    const float *q;   // (head_size,)
+    float *out;       // (head_size,)
+    int pos;
+} Query;
+
+enum { MAX_QUERIES = 4 };  // that attend one key/value head at once
+
 typedef struct {      // one instruction set's; see there
     const char *name;
     void (*softmax)(float *x, int n);
     void (*rmsnorm)(float *out, const float *x, const float *weight, int n, float eps);
-    void (*quantize)(Activation *x, int row, int n, int group);
+    void (*quantize)(Activation *x, int row, int cols, int group, int bits);
     void (*matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to);
     void (*swiglu)(float *gate, const float *up, int n);
-    void (*attend)(float *out, const float *q, const float *keys, const float *values, size_t room, int size,
-                   int last, float *scores);
+    void (*attend)(int n, const Query *queries, const float *keys, const float *values, size_t room, int size,
+                   float *scores);
     bool (*finite)(const float *x, int n);
+    unsigned char flip;  // packed int8 weights are xor this
 } Kernels;
 
 typedef struct {
@@ -252,6 +265,29 @@ static File open_file(const char *path, const char *hint) {
     return file;
 }
 
+static void close_file(File *file);
+
+// The text in a file, or on stdin, if the path is "-".
+static Text read_text(const char *path) {
+    Text t = {0};
+    if (!strcmp(path, "-")) return read_stream(stdin, "stdin");
+    File f = open_file(path, "");
+    text_append(&t, f.data, f.size);
+    close_file(&f);
+    return t;
+}
+
+// The first place of `what` in from..to, or NULL
+static char *find_bytes(char *from, const char *to, const char *what) {
+    const size_t n = strlen(what);
+    for (; (size_t)(to - from) >= n; from++) {
+        from = memchr(from, *what, (size_t)(to - from) - n + 1);
+        if (!from) return NULL;
+        if (!memcmp(from, what, n)) return from;
+    }
+    return NULL;
+}
+
 static void close_file(File *file) {
 #ifndef _WIN32
     if (file->mapped) munmap((void *)(uintptr_t)file->data, file->size);
@@ -282,8 +318,7 @@ static float f16_at(const unsigned char *p) {  // a half float, by moving its bi
     return half & 0x8000 ? -v : v;
 }
 
-// Columns rounded up to whole vectors of int8
-static size_t whole_steps(int cols) { return ((size_t)cols + STEP - 1) / STEP * STEP; }
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 // ---------------------------------------------------------------------------------------------------------
 // Threads: all of them run the same forward pass, each its share of the rows, and meet at barriers
@@ -313,10 +348,10 @@ static void relax(void) {
 #endif
 }
 
-// Waits for all threads: a moment busily, as most waits are shorter than a microsecond; then leaving the core to
-// others, for one of them may be what we wait for; then asleep.
+// Waits for all threads: a moment busily, as most waits are shorter than a microsecond; then asleep, for where
+// another program has one of the cores, what we wait for may need ours. (sched_yield would give away our turn.)
 static void meet(Pool *p) {
-    enum { SPINS = 2000, YIELDS = 200 };
+    enum { SPINS = 5000 };
     if (p->n == 1) return;
     const unsigned phase = atomic_load(&p->phase);
     if (atomic_fetch_add(&p->arrived, 1) == p->n - 1) {
@@ -329,10 +364,9 @@ static void meet(Pool *p) {
         }
         return;
     }
-    for (int i = 0; i < SPINS + YIELDS; i++) {
+    for (int i = 0; i < SPINS; i++) {
         if (atomic_load_explicit(&p->phase, memory_order_acquire) != phase) return;
-        if (i < SPINS) relax();
-        else sched_yield();
+        relax();
     }
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleepers, 1);
@@ -432,7 +466,10 @@ static int physical_cores(void) {
 #define CONCAT_(a, b) a##_##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define V(name) CONCAT(name, ISA)  // V(load) is load_avx2, when ISA is avx2
-#if defined(__GNUC__)
+#ifdef SMALL  // compiles in a tenth of the time, runs slowly: for debugging
+    #define INLINE static inline
+    #define UNROLL
+#elif defined(__GNUC__)
     #define INLINE static inline __attribute__((always_inline))
     #define UNROLL _Pragma("GCC unroll 16")
 #else
@@ -445,7 +482,9 @@ static int physical_cores(void) {
 // Plain C: the compiler makes of it what the machine's baseline has.
 #define TARGET_plain
 typedef struct { float v[LANES]; } F_plain;
-typedef struct { int8_t v[STEP]; } Q_plain;
+typedef struct { int32_t v[LANES]; } I_plain;
+typedef struct { int8_t v[BAND]; } Q_plain;
+#define FLIP_plain 0
 #define EACH for (int j = 0; j < LANES; j++)
 INLINE F_plain set1_plain(float x) { F_plain r; EACH r.v[j] = x; return r; }
 INLINE F_plain load_plain(const float *p) { F_plain r; memcpy(&r, p, sizeof r); return r; }
@@ -480,37 +519,18 @@ INLINE void sum4_plain(float out[4], F_plain a, F_plain b, F_plain c, F_plain d)
 }
 INLINE float top_plain(F_plain a) { EACH if (a.v[j] > a.v[0]) a.v[0] = a.v[j]; return a.v[0]; }
 INLINE void store_int8_plain(int8_t *p, F_plain a) { EACH p[j] = (int8_t)(int)a.v[j]; }
-INLINE Q_plain weights8_plain(const int8_t *p) { Q_plain r; memcpy(&r, p, sizeof r); return r; }
-INLINE Q_plain weights8_n_plain(const int8_t *p, int n) {
-    Q_plain r = {{0}};
-    memcpy(&r, p, (size_t)n);
-    return r;
+INLINE Q_plain bytes_plain(const void *p) { Q_plain r; memcpy(&r, p, sizeof r); return r; }
+INLINE Q_plain low_plain(Q_plain a) { for (int j = 0; j < BAND; j++) a.v[j] &= 15; return a; }
+INLINE Q_plain high_plain(Q_plain a) { for (int j = 0; j < BAND; j++) a.v[j] = (uint8_t)a.v[j] >> 4; return a; }
+INLINE I_plain seti_plain(int32_t x) { I_plain r; EACH r.v[j] = x; return r; }
+INLINE I_plain addi_plain(I_plain a, I_plain b) { EACH a.v[j] += b.v[j]; return a; }
+INLINE I_plain dot8_plain(I_plain sum, Q_plain w, const int8_t *x) {
+    EACH for (int k = 0; k < 4; k++) sum.v[j] += w.v[4 * j + k] * x[k];
+    return sum;
 }
-INLINE Q_plain weights4_plain(const uint8_t *p) {
-    Q_plain r;
-    for (int j = 0; j < STEP / 2; j++) {
-        r.v[j] = (int8_t)((p[j] & 15) - 8);
-        r.v[j + STEP / 2] = (int8_t)((p[j] >> 4) - 8);
-    }
-    return r;
-}
-INLINE F_plain dot4_plain(Q_plain w, const int8_t *x, const int32_t *bias) {
-    F_plain r;
-    (void)bias;
-    EACH {
-        int32_t sum = 0;
-        for (int k = 4 * j; k < 4 * j + 4; k++) sum += w.v[k] * x[k];
-        r.v[j] = (float)sum;
-    }
-    return r;
-}
-INLINE F_plain halves_plain(float low, float high) {
-    F_plain r;
-    EACH r.v[j] = j < LANES / 2 ? low : high;
-    return r;
-}
-
-INLINE F_plain halves16_plain(const unsigned char *p) { return halves_plain(f16_at(p), f16_at(p + 2)); }
+#define dot4_plain dot8_plain
+INLINE F_plain float_plain(I_plain a) { F_plain r; EACH r.v[j] = (float)a.v[j]; return r; }
+INLINE F_plain halves_plain(const unsigned char *p) { F_plain r; EACH r.v[j] = f16_at(p + 2 * j); return r; }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -519,7 +539,8 @@ INLINE F_plain halves16_plain(const unsigned char *p) { return halves_plain(f16_
 #define TARGET_avx2 __attribute__((target("avx2,fma,f16c")))
 #define AVX2 INLINE TARGET_avx2
 typedef struct { __m256 a, b; } F_avx2;
-typedef struct { __m256i a, b; } Q_avx2;
+typedef struct { __m256i a, b; } I_avx2, Q_avx2;
+#define FLIP_avx2 0
 AVX2 F_avx2 set1_avx2(float x) { return (F_avx2){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 AVX2 F_avx2 load_avx2(const float *p) { return (F_avx2){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 AVX2 __m256i first_avx2(int n) {  // the first n of 8 lanes
@@ -551,7 +572,6 @@ AVX2 __m256 pow2_8_avx2(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
 BOTH(pow2_avx2(F_avx2 n), pow2_8_avx2(n.a), pow2_8_avx2(n.b))
-BOTH(halves_avx2(float low, float high), _mm256_set1_ps(low), _mm256_set1_ps(high))
 AVX2 __m128 quarter_avx2(F_avx2 x) {  // the first two rounds of a sum
     __m256 half = _mm256_add_ps(x.a, x.b);
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -577,30 +597,33 @@ AVX2 void store_int8_avx2(int8_t *p, F_avx2 x) {
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i *)(void *)p, bytes);
 }
-AVX2 __m256i bytes_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-AVX2 Q_avx2 weights8_avx2(const int8_t *p) { return (Q_avx2){bytes_avx2(p), bytes_avx2(p + 32)}; }
-AVX2 Q_avx2 weights8_n_avx2(const int8_t *p, int n) {
-    int8_t row[STEP] = {0};
-    memcpy(row, p, (size_t)n);
-    return weights8_avx2(row);
+AVX2 __m256i load_bytes_avx2(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+AVX2 Q_avx2 bytes_avx2(const unsigned char *p) { return (Q_avx2){load_bytes_avx2(p), load_bytes_avx2(p + 32)}; }
+#define BOTHI(f, ...) AVX2 I_avx2 f { return (I_avx2){__VA_ARGS__}; }
+BOTHI(low_avx2(Q_avx2 x), _mm256_and_si256(x.a, _mm256_set1_epi8(15)),
+      _mm256_and_si256(x.b, _mm256_set1_epi8(15)))
+BOTHI(high_avx2(Q_avx2 x), _mm256_and_si256(_mm256_srli_epi16(x.a, 4), _mm256_set1_epi8(15)),
+      _mm256_and_si256(_mm256_srli_epi16(x.b, 4), _mm256_set1_epi8(15)))
+BOTHI(seti_avx2(int32_t x), _mm256_set1_epi32(x), _mm256_set1_epi32(x))
+BOTHI(addi_avx2(I_avx2 x, I_avx2 y), _mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b))
+// unsigned times signed, neighbours added: |x| and |w| are at most 127, so that two products fit in an int16
+AVX2 __m256i pairs_avx2(__m256i u, __m256i s) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
 }
-AVX2 Q_avx2 weights4_avx2(const uint8_t *p) {
-    __m256i both = bytes_avx2(p), mask = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
-    return (Q_avx2){_mm256_sub_epi8(_mm256_and_si256(both, mask), eight),
-                    _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), eight)};
+AVX2 I_avx2 dot8_avx2(I_avx2 sum, Q_avx2 w, const int8_t *p) {
+    __m256i x = _mm256_set1_epi32(i32_at((const unsigned char *)p)), size = _mm256_abs_epi8(x);
+    sum.a = _mm256_add_epi32(sum.a, pairs_avx2(size, _mm256_sign_epi8(w.a, x)));
+    sum.b = _mm256_add_epi32(sum.b, pairs_avx2(size, _mm256_sign_epi8(w.b, x)));
+    return sum;
 }
-AVX2 __m256 dot4_8_avx2(__m256i w, __m256i x) {  // |x| <= 127, so that two products fit in an int16
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+AVX2 I_avx2 dot4_avx2(I_avx2 sum, Q_avx2 w, const int8_t *p) {
+    __m256i x = _mm256_set1_epi32(i32_at((const unsigned char *)p));
+    return (I_avx2){_mm256_add_epi32(sum.a, pairs_avx2(w.a, x)), _mm256_add_epi32(sum.b, pairs_avx2(w.b, x))};
 }
-AVX2 F_avx2 dot4_avx2(Q_avx2 w, const int8_t *x, const int32_t *bias) {
-    (void)bias;
-    return (F_avx2){dot4_8_avx2(w.a, bytes_avx2(x)), dot4_8_avx2(w.b, bytes_avx2(x + 32))};
-}
-
-AVX2 F_avx2 halves16_avx2(const unsigned char *p) {
-    __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(i32_at(p)));
-    return (F_avx2){_mm256_broadcastss_ps(two), _mm256_broadcastss_ps(_mm_movehdup_ps(two))};
+BOTH(float_avx2(I_avx2 x), _mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b))
+AVX2 F_avx2 halves_avx2(const unsigned char *p) {
+    const __m128i *both = (const __m128i *)(const void *)p;
+    return (F_avx2){_mm256_cvtph_ps(_mm_loadu_si128(both)), _mm256_cvtph_ps(_mm_loadu_si128(both + 1))};
 }
 
 // AVX-512 with VNNI: Intel servers since 2019, AMD since 2022
@@ -608,7 +631,8 @@ AVX2 F_avx2 halves16_avx2(const unsigned char *p) {
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")))
 #define AVX512 INLINE TARGET_avx512
 typedef __m512 F_avx512;
-typedef __m512i Q_avx512;  // weights plus 128, as the instruction takes unsigned times signed
+typedef __m512i I_avx512, Q_avx512;
+#define FLIP_avx512 128  // weights plus 128, as the instruction takes unsigned times signed
 AVX512 __m512 set1_avx512(float x) { return _mm512_set1_ps(x); }
 AVX512 __m512 load_avx512(const float *p) { return _mm512_loadu_ps(p); }
 AVX512 __mmask16 first_avx512(int n) { return (__mmask16)((1u << n) - 1); }
@@ -627,9 +651,6 @@ AVX512 __m512 sign_avx512(__m512 a, __m512 of) {
     return _mm512_or_ps(a, _mm512_and_ps(_mm512_set1_ps(-0.0f), of));
 }
 AVX512 __m512 pow2_avx512(__m512 n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
-AVX512 __m512 halves_avx512(float low, float high) {
-    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(low), 0xFF00, _mm_set_ss(high));
-}
 AVX512 __m128 quarter_avx512(__m512 x) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -652,24 +673,18 @@ AVX512 float top_avx512(__m512 a) { return _mm512_reduce_max_ps(a); }
 AVX512 void store_int8_avx512(int8_t *p, __m512 a) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
 }
-AVX512 __m512i weights8_avx512(const int8_t *p) {
-    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+AVX512 __m512i bytes_avx512(const unsigned char *p) { return _mm512_loadu_si512(p); }
+AVX512 __m512i low_avx512(__m512i a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+AVX512 __m512i high_avx512(__m512i a) { return low_avx512(_mm512_srli_epi16(a, 4)); }
+AVX512 __m512i seti_avx512(int32_t x) { return _mm512_set1_epi32(x); }
+AVX512 __m512i addi_avx512(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+AVX512 __m512i dot8_avx512(__m512i sum, __m512i w, const int8_t *p) {
+    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(i32_at((const unsigned char *)p)));
 }
-AVX512 __m512i weights8_n_avx512(const int8_t *p, int n) {
-    return _mm512_xor_si512(_mm512_maskz_loadu_epi8((1ull << n) - 1, p), _mm512_set1_epi8(-128));
-}
-AVX512 __m512i weights4_avx512(const uint8_t *p) {
-    __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)p);
-    __m512i pair = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
-    return _mm512_add_epi8(_mm512_and_si512(pair, _mm512_set1_epi8(15)), _mm512_set1_epi8(120));
-}
-AVX512 __m512 dot4_avx512(__m512i w, const int8_t *x, const int32_t *bias) {
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(bias), w, _mm512_loadu_si512(x)));
-}
-AVX512 __m512 halves16_avx512(const unsigned char *p) {
-    __m128 two = _mm_cvtph_ps(_mm_cvtsi32_si128(i32_at(p)));
-    __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    return _mm512_permutexvar_ps(half, _mm512_castps128_ps512(two));
+#define dot4_avx512 dot8_avx512
+AVX512 __m512 float_avx512(__m512i a) { return _mm512_cvtepi32_ps(a); }
+AVX512 __m512 halves_avx512(const unsigned char *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
 #endif  // x86-64
 
@@ -678,7 +693,9 @@ AVX512 __m512 halves16_avx512(const unsigned char *p) {
 
 #define TARGET_neon
 typedef struct { float32x4_t v[4]; } F_neon;
+typedef struct { int32x4_t v[4]; } I_neon;
 typedef struct { int8x16_t v[4]; } Q_neon;
+#define FLIP_neon 0
 #define FOUR UNROLL for (int j = 0; j < 4; j++)
 #define NEON INLINE F_neon
 NEON set1_neon(float x) { F_neon r; FOUR r.v[j] = vdupq_n_f32(x); return r; }
@@ -710,9 +727,6 @@ NEON pow2_neon(F_neon n) {
     FOUR n.v[j] = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v[j]), vdupq_n_s32(127)), 23));
     return n;
 }
-NEON halves_neon(float low, float high) {
-    return (F_neon){{vdupq_n_f32(low), vdupq_n_f32(low), vdupq_n_f32(high), vdupq_n_f32(high)}};
-}
 INLINE float32x4_t quarter_neon(F_neon a) {
     return vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
 }
@@ -732,37 +746,38 @@ INLINE void store_int8_neon(int8_t *p, F_neon a) {
     int16x8_t high = vcombine_s16(vmovn_s32(vcvtq_s32_f32(a.v[2])), vmovn_s32(vcvtq_s32_f32(a.v[3])));
     vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
 }
-INLINE Q_neon weights8_neon(const int8_t *p) { Q_neon r; FOUR r.v[j] = vld1q_s8(p + 16 * j); return r; }
-INLINE Q_neon weights8_n_neon(const int8_t *p, int n) {
-    int8_t row[STEP] = {0};
-    memcpy(row, p, (size_t)n);
-    return weights8_neon(row);
-}
-INLINE Q_neon weights4_neon(const uint8_t *p) {
+INLINE Q_neon bytes_neon(const unsigned char *p) {
     Q_neon r;
-    for (int j = 0; j < 2; j++) {
-        uint8x16_t both = vld1q_u8(p + 16 * j);
-        r.v[j] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), vdupq_n_s8(8));
-        r.v[j + 2] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(both, 4)), vdupq_n_s8(8));
-    }
+    FOUR r.v[j] = vreinterpretq_s8_u8(vld1q_u8(p + 16 * j));
     return r;
 }
-INLINE F_neon dot4_neon(Q_neon w, const int8_t *x, const int32_t *bias) {
-    F_neon r;
-    (void)bias;
+INLINE Q_neon low_neon(Q_neon a) { FOUR a.v[j] = vandq_s8(a.v[j], vdupq_n_s8(15)); return a; }
+INLINE Q_neon high_neon(Q_neon a) {
+    FOUR a.v[j] = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a.v[j]), 4));
+    return a;
+}
+INLINE I_neon seti_neon(int32_t x) { I_neon r; FOUR r.v[j] = vdupq_n_s32(x); return r; }
+INLINE I_neon addi_neon(I_neon a, I_neon b) { FOUR a.v[j] = vaddq_s32(a.v[j], b.v[j]); return a; }
+INLINE I_neon dot8_neon(I_neon sum, Q_neon w, const int8_t *p) {
+    int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(i32_at((const unsigned char *)p)));
     FOUR {
-        int8x16_t a = w.v[j], b = vld1q_s8(x + 16 * j);
 #ifdef __ARM_FEATURE_DOTPROD
-        r.v[j] = vcvtq_f32_s32(vdotq_s32(vdupq_n_s32(0), a, b));
+        sum.v[j] = vdotq_s32(sum.v[j], w.v[j], x);
 #else
-        int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
-        int16x8_t high = vmull_s8(vget_high_s8(a), vget_high_s8(b));
-        r.v[j] = vcvtq_f32_s32(vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+        int16x8_t low = vmull_s8(vget_low_s8(w.v[j]), vget_low_s8(x));
+        int16x8_t high = vmull_s8(vget_high_s8(w.v[j]), vget_high_s8(x));
+        sum.v[j] = vaddq_s32(sum.v[j], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
     }
+    return sum;
+}
+#define dot4_neon dot8_neon
+NEON float_neon(I_neon a) { F_neon r; FOUR r.v[j] = vcvtq_f32_s32(a.v[j]); return r; }
+NEON halves_neon(const unsigned char *p) {
+    F_neon r;
+    FOUR r.v[j] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * j)));
     return r;
 }
-NEON halves16_neon(const unsigned char *p) { return halves_neon(f16_at(p), f16_at(p + 2)); }
 #endif  // aarch64
 
 // ---------------------------------------------------------------------------------------------------------
@@ -770,17 +785,21 @@ NEON halves16_neon(const unsigned char *p) { return halves_neon(f16_at(p), f16_a
 
 #define ISA plain
 #define TILE 1
+#define TILE_F32 1
 #include "run.c"
 #if defined(__x86_64__) && defined(__GNUC__)
     #define ISA avx2
-    #define TILE 1
+    #define TILE 2
+    #define TILE_F32 1
     #include "run.c"
     #define ISA avx512
-    #define TILE 4
+    #define TILE 8
+    #define TILE_F32 4
     #include "run.c"
 #elif defined(__aarch64__) && defined(__GNUC__)
     #define ISA neon
-    #define TILE 1
+    #define TILE 2
+    #define TILE_F32 1
     #include "run.c"
 #endif
 
@@ -830,6 +849,7 @@ typedef struct {
     RunState state;
     const Kernels *kernels;
     Pool *pool;
+    void *packed;        // the weights as matmul reads them, where the file has them otherwise
     const Row *rows;     // what forward() feeds: n_rows of them,
     int n_rows;
     int first_logits;    // with logits wanted from this one on
@@ -869,11 +889,17 @@ static Tensor take_tensor(Walk *w, const Config *c, int rows, int cols) {
         t.f = (const float *)(const void *)take(w, rows, cols, sizeof(float));
         return t;
     }
-    const size_t width = t.bits == 4 ? whole_steps(cols) : (size_t)cols;
-    t.row_bytes = width * (size_t)t.bits / 8;
-    t.groups = width / (size_t)t.group;
-    t.q = take(w, rows, t.row_bytes, 1);
-    t.scale = take(w, rows, t.groups, t.bits == 4 ? 2 : sizeof(float));
+    t.groups = ((size_t)cols + (size_t)t.group - 1) / (size_t)t.group;
+    t.units = ((size_t)t.group + 3) / 4;
+    if (t.bits == 8) {
+        t.q = take(w, rows, cols, 1);
+        t.scale = take(w, rows, t.groups, sizeof(float));
+    } else {
+        const size_t bands = round_up((size_t)rows, LANES) / LANES;
+        take(w, round_up(w->at, BAND) - w->at, 1, 1);
+        t.values = take(w, bands, t.groups * GROUP4 / 2, LANES);
+        t.scales = take(w, bands, t.groups * LANES, 2);
+    }
     return t;
 }
 
@@ -990,7 +1016,7 @@ static int read_header(Walk *f, Config *c) {
     }
     if (version == 3) {
         int group = i32_at(d + 37);
-        if (group != STEP / 2) die(f->path, "damaged header: 4-bit groups of %d, not 32", group);
+        if (group != GROUP4) die(f->path, "damaged header: 4-bit groups of %d, not 32", group);
         c->group_size = group;
         c->bits = 4;
     }
@@ -1001,14 +1027,17 @@ enum { MAX_ROWS = 128 };  // tokens that are fed at once, of a prompt or of as m
 
 static float *floats(size_t a, size_t b) { return allocate(a, b, sizeof(float), "the model's state"); }
 
-static Activation activation(int rows, int n, bool quantized) {
-    Activation a = {.width = whole_steps(n)};
+// Room for rows of n values, each so many groups of int8, with room to fill up the last one of a row.
+static Activation activation(const Config *c, int rows, int n) {
+    const size_t group = (size_t)c->group_size;
+    Activation a = {.width = round_up((size_t)n, LANES)};
     a.f = floats(rows, a.width);
-    if (!quantized) return a;
-    a.q = allocate(rows, a.width, 1, "the model's state");
-    a.scale = floats(rows, a.width);
-    a.lane_scale = floats(rows, a.width / 4);
-    a.lane_bias = allocate(rows, a.width / 4, sizeof(int32_t), "the model's state");
+    if (!group) return a;
+    a.groups = ((size_t)n + group - 1) / group;
+    a.units = (group + 3) / 4;
+    a.q = allocate((size_t)rows * a.groups, a.units, 4, "the model's state");
+    a.scale = floats(rows, a.groups);
+    a.bias = allocate(rows, a.groups, sizeof(int32_t), "the model's state");
     return a;
 }
 
@@ -1016,8 +1045,7 @@ static void free_activation(Activation *a) {
     free(a->f);
     free(a->q);
     free(a->scale);
-    free(a->lane_scale);
-    free(a->lane_bias);
+    free(a->bias);
 }
 
 static void free_state(RunState *s, int threads) {
@@ -1034,7 +1062,6 @@ static void free_state(RunState *s, int threads) {
 static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
     const Config *c = &m->config;
     RunState *s = &m->state;
-    const bool quantized = c->group_size != 0;
     if (rows > s->rows) {
         RunState kept = {.logits = s->logits, .logit_rows = s->logit_rows, .rope = s->rope, .scores = s->scores,
                          .room = s->room};
@@ -1043,11 +1070,11 @@ static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
         *s = kept;
         s->rows = rows;
         s->x = floats(rows, c->dim);
-        s->xb = activation(rows, c->dim, quantized);
-        s->hb = activation(rows, c->hidden_dim, quantized);
+        s->xb = activation(c, rows, c->dim);
+        s->hb = activation(c, rows, c->hidden_dim);
         s->own = allocate(m->pool->n, 1, sizeof *s->own, "the model's state");
         for (int t = 0; t < m->pool->n; t++) {
-            s->own[t] = activation(1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim, quantized);
+            s->own[t] = activation(c, 1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
         }
         s->add = floats(rows, c->dim);
         s->hb2 = floats(rows, c->hidden_dim);
@@ -1055,7 +1082,7 @@ static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
         s->k = floats(rows, c->kv_dim);
         s->v = floats(rows, c->kv_dim);
     }
-    s->vocab_width = ((size_t)c->vocab_size + LANES - 1) / LANES * LANES;
+    s->vocab_width = round_up((size_t)c->vocab_size, LANES);
     if (logit_rows > s->logit_rows) {
         free(s->logits);
         s->logits = floats(logit_rows, s->vocab_width);
@@ -1065,7 +1092,7 @@ static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
         free(s->rope);
         free(s->scores);
         s->room = positions;
-        s->scores = floats(m->pool->n, positions);
+        s->scores = floats((size_t)m->pool->n * MAX_QUERIES, positions);
         s->rope = floats(positions, c->head_size);
         // float32 throughout, as PyTorch computed the tables the model was trained with
         for (int i = 0; i < c->head_size / 2; i++) {
@@ -1125,7 +1152,88 @@ static void load_model(Model *m, const char *path, const Kernels *kernels) {
     }
 }
 
+// Matrices are read by bands of LANES rows: vector after vector, each with 4 bytes of every row (a float, or 4
+// int8), so that the sums of LANES rows grow side by side and no vector is ever added up. The file has int8 and
+// fp32 weights by rows: these are copied into bands when the program starts, fp32 only while all of them fit in
+// a cache; of larger ones the copy would take more time than it saves.
+enum { PACKED_FP32 = 8 << 20 };
+
+static void pack(Tensor *t, unsigned char flip, int from_band, int to_band) {
+    const bool fp32 = t->bits == 32;
+    const unsigned char *source = fp32 ? (const unsigned char *)t->f : t->q;
+    const size_t row_bytes = (size_t)t->cols * (fp32 ? 4 : 1), group_bytes = fp32 ? row_bytes : (size_t)t->group;
+    const size_t band_bytes = t->groups * t->units * BAND;
+    for (int row = from_band * LANES; row < to_band * LANES && row < t->rows; row++) {
+        const size_t band = (size_t)row / LANES, lane = (size_t)row % LANES;
+        const unsigned char *in = source + (size_t)row * row_bytes;
+        unsigned char *out = (unsigned char *)(uintptr_t)t->values + band * band_bytes + lane * 4;
+        for (size_t g = 0; g < t->groups; g++, in += group_bytes) {
+            for (size_t u = 0; u < t->units; u++, out += BAND) {
+                uint32_t four = 0;
+                if (u * 4 + 4 <= group_bytes) memcpy(&four, in + u * 4, 4);
+                else memcpy(&four, in + u * 4, group_bytes - u * 4);
+                four ^= flip * 0x01010101u;
+                memcpy(out, &four, 4);
+            }
+            if (fp32) continue;
+            unsigned char *scale = (unsigned char *)(uintptr_t)t->scales + ((band * t->groups + g) * LANES + lane) * 4;
+            memcpy(scale, t->scale + ((size_t)row * t->groups + g) * 4, 4);
+        }
+    }
+}
+
+// Calls visit for each matrix that needs packing.
+static void each_matrix(Model *m, void (*visit)(Model *m, Tensor *t, void *context), void *context) {
+    Weights *w = &m->weights;
+    for (int l = 0; l < m->config.n_layers; l++) {
+        Layer *y = &w->layers[l];
+        Tensor *all[] = {&y->wq, &y->wk, &y->wv, &y->wo, &y->w1, &y->w3, &y->w2};
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++) visit(m, all[i], context);
+    }
+    visit(m, &w->wcls, context);
+}
+
+static void add_size(Model *m, Tensor *t, void *context) {
+    size_t *bytes = context;
+    (void)m;
+    if (t->bits == 32) {
+        t->groups = 1;
+        t->units = (size_t)t->cols;
+    }
+    *bytes += round_up((size_t)t->rows, LANES) / LANES * t->groups * (t->units + 1) * BAND;
+}
+
+static void set_place(Model *m, Tensor *t, void *context) {
+    unsigned char **at = context;
+    const size_t groups = round_up((size_t)t->rows, LANES) / LANES * t->groups;
+    (void)m;
+    t->values = *at;
+    t->scales = *at + groups * t->units * BAND;
+    *at += groups * (t->units + 1) * BAND;
+}
+
+static void pack_share(Model *m, Tensor *t, void *context) {
+    int from, to;
+    share((t->rows + LANES - 1) / LANES, 1, *(int *)context, m->pool->n, &from, &to);
+    pack(t, t->bits == 32 ? 0 : m->kernels->flip, from, to);
+}
+
+static void pack_thread(void *context, int thread) {
+    each_matrix(context, pack_share, &thread);
+}
+
+static void pack_model(Model *m) {
+    size_t bytes = 0;
+    if (m->config.bits == 4 || (m->config.bits == 32 && m->file.size > PACKED_FP32)) return;
+    each_matrix(m, add_size, &bytes);
+    m->packed = allocate(bytes, 1, 1, "the weights");
+    unsigned char *at = m->packed;
+    each_matrix(m, set_place, &at);
+    run_all(m->pool, pack_thread, m);
+}
+
 static void free_model(Model *m) {
+    free(m->packed);
     free_state(&m->state, m->pool->n);
     free(m->weights.layers);
     close_file(&m->file);
@@ -1135,18 +1243,18 @@ static void free_model(Model *m) {
 // Forward
 
 static void copy_row(float *restrict out, const Tensor *w, int row) {
-    const size_t at = (size_t)row;
-    if (w->bits == 32) memcpy(out, w->f + at * (size_t)w->cols, (size_t)w->cols * sizeof(float));
-    for (size_t i = 0; w->bits == 8 && i < (size_t)w->cols; i++) {
+    const size_t at = (size_t)row, cols = (size_t)w->cols;
+    if (w->bits == 32) memcpy(out, w->f + at * cols, cols * sizeof(float));
+    for (size_t i = 0; w->bits == 8 && i < cols; i++) {
         float scale = f32_at(w->scale + (at * w->groups + i / (size_t)w->group) * sizeof(float));
-        out[i] = (float)(int8_t)w->q[at * w->row_bytes + i] * scale;
+        out[i] = (float)(int8_t)w->q[at * cols + i] * scale;
     }
-    for (size_t i = 0; w->bits == 4 && i < (size_t)w->cols; i++) {
-        // a byte holds a value of the lower half of a step, and above it that of the upper half
-        size_t half = STEP / 2, byte = i / STEP * half + i % half;
-        int both = w->q[at * w->row_bytes + byte];
-        int value = i % STEP < half ? both & 15 : both >> 4;
-        out[i] = (float)(value - 8) * f16_at(w->scale + (at * w->groups + i / half) * 2);
+    for (size_t i = 0; w->bits == 4 && i < cols; i++) {
+        // a vector holds 4 columns in the lower halves of its bytes, and the next 4 in the upper ones
+        const size_t group = at / LANES * w->groups + i / GROUP4, lane = at % LANES, unit = i % GROUP4 / 4;
+        int both = w->values[(group * GROUP4 / 8 + unit / 2) * BAND + lane * 4 + i % 4];
+        int value = unit % 2 ? both >> 4 : both & 15;
+        out[i] = (float)(value - 8) * f16_at(w->scales + (group * LANES + lane) * 2);
     }
 }
 
@@ -1165,7 +1273,6 @@ static const Activation *prepare(Model *m, int thread, Activation *shared, int n
                                  const float *norm) {
     const Config *c = &m->config;
     Activation *to = n == 1 ? &m->state.own[thread] : shared;
-    const size_t padded = whole_steps(cols);
     int from = 0, end = n;
     if (!norm && !c->group_size) return shared;
     if (n > 1) share(n, 1, thread, m->pool->n, &from, &end);
@@ -1174,9 +1281,8 @@ static const Activation *prepare(Model *m, int thread, Activation *shared, int n
         if (norm) m->kernels->rmsnorm(out, x + (size_t)b * c->dim, norm, cols, c->norm_eps);
         else if (n == 1) memcpy(out, shared->f, (size_t)cols * sizeof(float));
         // own buffers serve for widths of dim and hidden_dim: zeros behind the row
-        if (n == 1) memset(out + cols, 0, (padded - (size_t)cols) * sizeof(float));
-        if (n == 1 && to->q) memset(to->q + cols, 0, padded - (size_t)cols);
-        if (c->group_size) m->kernels->quantize(to, b, c->bits == 4 ? (int)padded : cols, c->group_size);
+        for (int i = cols; n == 1 && i % LANES; i++) out[i] = 0.0f;
+        if (c->group_size) m->kernels->quantize(to, b, cols, c->group_size, c->bits);
     }
     if (n > 1) meet(m->pool);
     return to;
@@ -1187,6 +1293,7 @@ static void attention(Model *m, int thread, int layer) {
     const Config *c = &m->config;
     const RunState *s = &m->state;
     const int size = c->head_size, queries_per_kv = c->n_heads / c->n_kv_heads;
+    const float scale = 1.0f / sqrtf((float)size);
     int from, to;
     share(c->n_kv_heads, 1, thread, m->pool->n, &from, &to);
     for (int h = from; h < to; h++) {
@@ -1203,16 +1310,23 @@ static void attention(Model *m, int thread, int layer) {
                 row->memory->values[at + (size_t)i * room] = v[i];
             }
         }
+        Query queries[MAX_QUERIES];
+        int n = 0;
         for (int b = 0; b < m->n_rows; b++) {
             const Row *row = &m->rows[b];
             const size_t room = (size_t)row->memory->room;
             const size_t at = ((size_t)layer * c->n_kv_heads + h) * size * room;
+            const bool last_of_text = b + 1 == m->n_rows || row->memory != m->rows[b + 1].memory;
             for (int i = h * queries_per_kv; i < (h + 1) * queries_per_kv; i++) {
                 float *q = s->q + (size_t)b * c->dim + (size_t)i * size;
                 rotate(q, size, s->rope + (size_t)row->pos * size);
-                m->kernels->attend(s->xb.f + (size_t)b * s->xb.width + (size_t)i * size, q,
-                                   row->memory->keys + at, row->memory->values + at, room, size, row->pos,
-                                   s->scores + (size_t)thread * s->room);
+                for (int j = 0; j < size; j++) q[j] *= scale;
+                queries[n++] = (Query){q, s->xb.f + (size_t)b * s->xb.width + (size_t)i * size, row->pos};
+                if (n == MAX_QUERIES || (last_of_text && i + 1 == (h + 1) * queries_per_kv)) {
+                    m->kernels->attend(n, queries, row->memory->keys + at, row->memory->values + at, room, size,
+                                       s->scores + (size_t)thread * MAX_QUERIES * s->room);
+                    n = 0;
+                }
             }
         }
     }
@@ -1223,7 +1337,7 @@ static void add_matmul(Model *m, int thread, const Tensor *w, const Activation *
     RunState *s = &m->state;
     const int dim = m->config.dim;
     int from, to;
-    share(dim, 4, thread, m->pool->n, &from, &to);
+    share(dim, LANES, thread, m->pool->n, &from, &to);
     m->kernels->matmul(w, input, m->n_rows, s->add, dim, from, to);
     for (int b = 0; b < m->n_rows; b++) {
         float *x = s->x + (size_t)b * dim;
@@ -1242,9 +1356,9 @@ static void run_layer(Model *m, int thread, int layer) {
     int from, to;
 
     const Activation *input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_att);
-    share(c->dim, 4, thread, pool->n, &from, &to);
+    share(c->dim, LANES, thread, pool->n, &from, &to);
     kernels->matmul(&w->wq, input, n, s->q, c->dim, from, to);
-    share(c->kv_dim, 4, thread, pool->n, &from, &to);
+    share(c->kv_dim, LANES, thread, pool->n, &from, &to);
     kernels->matmul(&w->wk, input, n, s->k, c->kv_dim, from, to);
     kernels->matmul(&w->wv, input, n, s->v, c->kv_dim, from, to);
     meet(pool);
@@ -1254,7 +1368,7 @@ static void run_layer(Model *m, int thread, int layer) {
     add_matmul(m, thread, &w->wo, input);
     meet(pool);
     input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_ffn);
-    share(c->hidden_dim, 4, thread, pool->n, &from, &to);
+    share(c->hidden_dim, LANES, thread, pool->n, &from, &to);
     kernels->matmul(&w->w1, input, n, s->hb.f, s->hb.width, from, to);
     kernels->matmul(&w->w3, input, n, s->hb2, c->hidden_dim, from, to);
     for (int b = 0; b < n; b++) {
@@ -1283,7 +1397,7 @@ static void forward_share(void *context, int thread) {
     if (n == 0) return;
     const float *last = s->x + (size_t)m->first_logits * c->dim;
     const Activation *input = prepare(m, thread, &s->xb, n, c->dim, last, m->weights.rms_final);
-    share(c->vocab_size, 4, thread, m->pool->n, &from, &to);
+    share(c->vocab_size, LANES, thread, m->pool->n, &from, &to);
     m->kernels->matmul(&m->weights.wcls, input, n, s->logits, s->vocab_width, from, to);
 }
 
@@ -1736,6 +1850,7 @@ typedef struct {
     int limit;              // positions that may be used
     bool flush_each;        // stdout is a terminal: show each token at once
     bool stats;             // print what was measured as JSON
+    bool plain;             // chat without a template
 } Session;
 
 typedef struct {            // a text in the making
@@ -1788,16 +1903,21 @@ static void print_stats(const Session *s, const Stats *t) {
             per_second(t->decoded, t->decode), peak_memory());
 }
 
+// Refuses tokens that the model does not have.
+static void check_ids(const Session *s, const Tokens *t) {
+    for (int i = 0; i < t->n; i++) {
+        if (t->ids[i] >= s->model.config.vocab_size) {
+            die(s->tokenizer.path, "the prompt needs token %d, but the model has only %d; "
+                "use its own tokenizer (-z)", t->ids[i], s->model.config.vocab_size);
+        }
+    }
+}
+
 // Encodes text for this model and refuses what it cannot be fed.
 static Tokens encode_prompt(const Session *s, const char *text, size_t n) {
     Tokens t = encode(&s->tokenizer, text, n);
-    const int vocab_size = s->model.config.vocab_size, seq_len = s->model.config.seq_len;
-    for (int i = 0; i < t.n; i++) {
-        if (t.ids[i] >= vocab_size) {
-            die(s->tokenizer.path, "the prompt needs token %d, but the model has only %d; "
-                "use its own tokenizer (-z)", t.ids[i], vocab_size);
-        }
-    }
+    const int seq_len = s->model.config.seq_len;
+    check_ids(s, &t);
     if (t.n > seq_len) {
         die(s->model.path, "the prompt is %d tokens long, but the model's context holds %d", t.n, seq_len);
     }
@@ -1962,9 +2082,16 @@ static bool ask(const char *question, Text *line) {
     return c != EOF || line->len > 0;
 }
 
-// One turn in the template Llama 2's chat models were trained with.
-static void render_turn(Text *out, const Text *system, const Text *user) {
+// One turn in the template Llama 2's chat models were trained with; or plain, for models that were trained with
+// none: they go on with the text so far.
+static void render_turn(Text *out, const Text *system, const Text *user, bool plain) {
     out->len = 0;
+    if (plain) {
+        text_append(out, system->data, system->len);
+        if (system->len) text_append(out, "\n", 1);
+        text_append(out, user->data, user->len);
+        return;
+    }
     text_append(out, "[INST] ", 7);
     if (system->len) {
         text_append(out, "<<SYS>>\n", 8);
@@ -1978,18 +2105,19 @@ static void render_turn(Text *out, const Text *system, const Text *user) {
 // Samples an answer up to its end or the end of the context.
 static void answer(Session *s, Story *chat, const Tokens *t) {
     Model *m = &s->model;
+    text_append(&chat->text, "Assistant: ", s->plain ? 0 : 11);
+    if (t->n == 0) return;
     chat->prev = t->ids[t->n - 1];
     prefill(m, &chat->memory, t->ids, t->n, chat->pos);
     chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
     chat->pos += t->n;
-    text_append(&chat->text, "Assistant: ", 11);
     while (take_token(s, chat)) {
         print_text(s, &chat->text);
         Row row = {chat->prev, chat->pos++, &chat->memory};
         forward(m, &row, 1, 0);
         chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
     }
-    if (chat->pos < s->limit) {  // the template closes every answer
+    if (chat->pos < s->limit && !s->plain) {  // the template closes every answer
         Row row = {EOS, chat->pos++, &chat->memory};
         forward(m, &row, 1, 1);
     }
@@ -2015,8 +2143,12 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
             putchar('\n');
             break;
         }
-        render_turn(&turn, &system, &user);
+        render_turn(&turn, &system, &user, s->plain);
         Tokens t = encode_prompt(s, turn.data, turn.len);
+        if (s->plain && turns > 0 && !ends(story.next)) {  // no new text, but the same goes on
+            t.n--;
+            memmove(t.ids, t.ids + 1, (size_t)t.n * sizeof *t.ids);
+        }
         bool fits = t.n <= s->limit - story.pos;
         if (!fits && turns == 0) die("-n", "the first prompt is %d tokens long, more than %d", t.n, s->limit);
         if (fits) answer(s, &story, &t);
@@ -2067,6 +2199,54 @@ static void print_logits(Session *s, const Text *prompt) {
     free(t.ids);
 }
 
+// --perplexity: how well the model foresees each token of some stories, and their ends. They are separated by
+// <|endoftext|>; of one longer than the context, each part begins with none.
+static void print_perplexity(Session *s, const char *path, Stats *stats) {
+    static const char separator[] = "<|endoftext|>";
+    Text text = read_text(path);
+    const int vocab_size = s->model.config.vocab_size, seq_len = s->model.config.seq_len;
+    double nats = 0, start = now();
+    size_t bytes = 0;
+    for (char *p = text.data, *next; p; p = next) {
+        next = find_bytes(p, text.data + text.len, separator);
+        char *end = next ? next : text.data + text.len;
+        while (p < end && isspace((unsigned char)*p)) p++;
+        while (p < end && isspace((unsigned char)end[-1])) end--;
+        if (next) next += sizeof separator - 1;
+        if (p == end) continue;
+        Tokens t = encode(&s->tokenizer, p, (size_t)(end - p));
+        check_ids(s, &t);
+        Memory memory = {0};
+        for (int at = 0, n; at < t.n; at += n) {
+            Row rows[MAX_ROWS];
+            for (n = 0; n < MAX_ROWS && at + n < t.n && at % seq_len + n < seq_len; n++) {
+                rows[n] = (Row){t.ids[at + n], (at + n) % seq_len, &memory};
+            }
+            reserve_memory(&s->model, &memory, rows[n - 1].pos + 1);
+            const float *logits = forward(&s->model, rows, n, 0);
+            for (int i = 0; i < n; i++, logits += s->model.state.vocab_width) {
+                const int target = at + i + 1 < t.n ? t.ids[at + i + 1] : BOS;
+                double sum = 0, top = (double)logits[argmax(logits, vocab_size)];
+                for (int j = 0; j < vocab_size; j++) sum += exp((double)logits[j] - top);
+                nats += top + log(sum) - (double)logits[target];
+            }
+        }
+        free_memory(&memory);
+        stats->prompt_tokens += t.n;
+        stats->stories++;
+        bytes += (size_t)(end - p);
+        free(t.ids);
+    }
+    if (stats->stories == 0) die(path, "there is no text in it");
+    stats->prompt = now() - start;
+    const double mean = nats / (double)stats->prompt_tokens;
+    printf("perplexity %.4f: %.5f nats per token, %.5f bits per byte (%ld tokens, %zu bytes, %d stories)\n",
+           exp(mean), mean, nats / log(2.0) / (double)bytes, stats->prompt_tokens, bytes, stats->stories);
+    flush_stdout();
+    if (s->stats) print_stats(s, stats);
+    free(text.data);
+}
+
 // ---------------------------------------------------------------------------------------------------------
 // Command line
 #ifndef TESTING
@@ -2086,12 +2266,15 @@ static const char usage[] =
     "  -z, --tokenizer FILE  default tokenizer.bin, else data/tokenizer.bin\n"
     "  -m, --mode MODE       generate (default) or chat\n"
     "  -y, --system TEXT     system prompt for chat\n"
-    "  -b, --batch N         tell N stories at once, with the seeds N, N + 1, ...\n"
+    "  --template NAME       llama2 (default), or plain for a model trained with none\n"
+    "  -b, --batch N         tell N stories at once, with the seeds -s, -s + 1, ...\n"
     "  -j, --threads N       default: as many as there are cores, or 1 for the smallest models\n"
     "  -h, --help            this text\n"
     "  --version             the version, and the instruction sets this program can use here\n"
     "\n"
     "measuring and debugging:\n"
+    "  --perplexity FILE     print how well the model foresees the stories in a file, separated by\n"
+    "                        <|endoftext|>, and exit\n"
     "  --stats               print what was measured as JSON on stderr\n"
     "  --kernels NAME        use this instruction set\n"
     "  --tokens              print the prompt's token ids and exit\n"
@@ -2100,12 +2283,12 @@ static const char usage[] =
     "A value follows its option, or a long one and '=': -t 0.5, --temperature 0.5, --temperature=0.5\n";
 
 typedef struct {
-    const char *model, *prompt, *file, *tokenizer, *system;
+    const char *model, *prompt, *file, *tokenizer, *system, *perplexity;
     const Kernels *kernels;
     float temperature, topp;
     uint64_t seed;
     int steps, topk, stories, threads;
-    bool chat, tokens, logits, stats;
+    bool chat, plain, tokens, logits, stats;
 } Options;
 
 static float parse_float(const char *flag, const char *text, float max, const char *expected) {
@@ -2143,6 +2326,11 @@ static void set_option(Options *o, char key, const char *flag, const char *value
             o->chat = !strcmp(value, "chat");
             if (!o->chat && strcmp(value, "generate")) die(flag, "expected generate or chat: '%s'", value);
             break;
+        case 'M':
+            o->plain = !strcmp(value, "plain");
+            if (!o->plain && strcmp(value, "llama2")) die(flag, "expected llama2 or plain: '%s'", value);
+            break;
+        case 'P': o->perplexity = value; break;
         case 'T': o->tokens = true; break;
         case 'L': o->logits = true; break;
         case 'S': o->stats = true; break;
@@ -2168,7 +2356,8 @@ static Options parse_options(int argc, char **argv) {
         {'i', true, "--prompt"}, {'z', true, "--tokenizer"}, {'m', true, "--mode"}, {'y', true, "--system"},
         {'f', true, "--file"}, {'k', true, "--top-k"}, {'b', true, "--batch"}, {'j', true, "--threads"},
         {'h', false, "--help"}, {'T', false, "--tokens"}, {'L', false, "--logits"}, {'S', false, "--stats"},
-        {'K', true, "--kernels"}, {'V', false, "--version"},
+        {'K', true, "--kernels"}, {'V', false, "--version"}, {'M', true, "--template"},
+        {'P', true, "--perplexity"},
     };
     const size_t n_known = sizeof known / sizeof *known;
     Options o = {.temperature = 1.0f, .topp = 0.9f, .steps = 256, .stories = 1};
@@ -2220,17 +2409,13 @@ static void warn_of_wrong_tokenizer(const Session *s) {
 
 static Text read_prompt(const Options *o) {
     Text t = {0};
-    if (o->file && strcmp(o->file, "-")) {
-        File f = open_file(o->file, "");
-        text_append(&t, f.data, f.size);
-        close_file(&f);
-    } else if (o->file || (o->prompt && !strcmp(o->prompt, "-"))) {
-        t = read_stream(stdin, "stdin");
-    } else {
+    const bool from_stdin = o->prompt && !strcmp(o->prompt, "-");
+    if (!o->file && !from_stdin) {
         const char *text = o->prompt ? o->prompt : "";
         text_append(&t, text, strlen(text));
         return t;
     }
+    t = read_text(o->file ? o->file : o->prompt);
     if (t.len > 0 && t.data[t.len - 1] == '\n') t.len--;  // echo's, or the editor's
     return t;
 }
@@ -2253,11 +2438,12 @@ int main(int argc, char **argv) {
 #endif
     program_start = now();
     Options o = parse_options(argc, argv);
-    Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats};
+    Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats, .plain = o.plain};
     Pool pool;
     load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
     start_pool(&pool, o.threads ? o.threads : default_threads(&s.model.config));
     s.model.pool = &pool;
+    pack_model(&s.model);
     load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer());
     warn_of_wrong_tokenizer(&s);
     const int vocab_size = s.model.config.vocab_size, seq_len = s.model.config.seq_len;
@@ -2267,7 +2453,9 @@ int main(int argc, char **argv) {
     s.candidates = allocate(vocab_size, pool.n, sizeof(Candidate), "the sampler");
     const uint64_t seed = o.seed ? o.seed : (uint64_t)time(NULL);  // xorshift never leaves 0
     Stats stats = {.load = now() - program_start};
-    if (o.chat && !o.tokens && !o.logits) {
+    if (o.perplexity) {
+        print_perplexity(&s, o.perplexity, &stats);
+    } else if (o.chat && !o.tokens && !o.logits) {
         bool given = o.file || (o.prompt && strcmp(o.prompt, "-"));  // chat reads stdin anyway
         Text first = {0};
         if (given) first = read_prompt(&o);
@@ -2293,6 +2481,7 @@ int main(int argc, char **argv) {
 // Kernels, read once for each instruction set: ISA says which.
 
 #define F CONCAT(F, ISA)
+#define I CONCAT(I, ISA)
 #define Q CONCAT(Q, ISA)
 #define KERNEL static CONCAT(TARGET, ISA)
 #define HELPER INLINE CONCAT(TARGET, ISA)
@@ -2314,8 +2503,8 @@ HELPER F V(exponential)(F x) {
     return V(mul)(p, V(pow2)(n));
 }
 
-// Turns n scores into probabilities. There is room for a whole number of vectors.
-KERNEL void V(softmax)(float *x, int n) {
+// Turns n numbers into e^(x - the largest) and returns their sum; zeros behind, up to a whole number of vectors.
+HELPER float V(powers)(float *x, int n) {
     for (int i = n; i % LANES; i++) x[i] = -INFINITY;
     F top = V(load)(x);
     for (int i = LANES; i < n; i += LANES) top = V(max)(top, V(load)(x + i));
@@ -2326,9 +2515,14 @@ KERNEL void V(softmax)(float *x, int n) {
         if (i + LANES <= n) sum = V(add)(sum, e);
         else sum = V(add)(sum, V(load_n)(x + i, n - i));
     }
-    F scale = V(set1)(1.0f / V(sum)(sum));
-    for (int i = 0; i < n; i += LANES) V(store)(x + i, V(mul)(V(load)(x + i), scale));
     for (int i = n; i % LANES; i++) x[i] = 0.0f;
+    return V(sum)(sum);
+}
+
+// Turns n scores into probabilities. There is room for a whole number of vectors.
+KERNEL void V(softmax)(float *x, int n) {
+    F scale = V(set1)(1.0f / V(powers)(x, n));
+    for (int i = 0; i < n; i += LANES) V(store)(x + i, V(mul)(V(load)(x + i), scale));
 }
 
 KERNEL void V(rmsnorm)(float *out, const float *x, const float *weight, int n, float eps) {
@@ -2352,46 +2546,50 @@ KERNEL void V(rmsnorm)(float *out, const float *x, const float *weight, int n, f
     }
 }
 
-// Rounds each group of n floats to int8, symmetric, half away from zero, and spreads the groups' scales over
-// the lanes that will meet them.
-KERNEL void V(quantize)(Activation *x, int row, int n, int group) {
-    const float *v = x->f + (size_t)row * x->width;
-    int8_t *q = x->q + (size_t)row * x->width;
-    float *lanes = x->lane_scale + (size_t)row * x->width / 4;
-    int32_t *bias = x->lane_bias + (size_t)row * x->width / 4;
-    for (int g = 0; g < n; g += group) {
-        float max = 0.0f;
-        bool finite = true;
-        for (int i = g; i < g + group; i++) {
-            float magnitude = fabsf(v[i]);
-            max = magnitude > max ? magnitude : max;
-            finite &= magnitude <= FLT_MAX;
+// Rounds each group of a row's floats to int8, symmetric, half away from zero.
+KERNEL void V(quantize)(Activation *x, int row, int cols, int group, int bits) {
+    const F zero = V(set1)(0.0f);
+    const int offset = bits == 4 ? 8 : V(FLIP);
+    for (int g = 0; g * group < cols; g++) {
+        const float *v = x->f + (size_t)row * x->width + (size_t)g * (size_t)group;
+        const size_t at = (size_t)row * x->groups + (size_t)g;
+        int8_t *q = x->q + at * x->units * 4;
+        const int n = cols - g * group < group ? cols - g * group : group;
+        F top = zero, check = zero;
+        int i = 0;
+        for (; i < n; i += LANES) {
+            F a = i + LANES <= n ? V(load)(v + i) : V(load_n)(v + i, n - i);
+            top = V(max)(top, V(abs)(a));
+            check = V(fma)(a, zero, check);  // 0 * infinity is not a number
         }
-        float scale = max / 127.0f;
+        const bool finite = V(sum)(check) == 0.0f;
+        const float scale = V(top)(top) / 127.0f;
         // all zero, or so small that the scale itself is badly rounded
-        bool tiny = scale < FLT_MIN;
-        const F divisor = V(set1)(tiny || !finite ? INFINITY : scale), half = V(set1)(LOWER_HALF);
-        int i = g;
-        for (; finite && i + LANES <= g + group; i += LANES) {
+        const bool tiny = !finite || scale < FLT_MIN;
+        const F divisor = V(set1)(tiny ? INFINITY : scale), half = V(set1)(LOWER_HALF);
+        int32_t sum = 0;
+        for (i = 0; finite && i + LANES <= n; i += LANES) {
             F exact = V(div)(V(load)(v + i), divisor);
             V(store_int8)(q + i, V(add)(exact, V(sign)(half, exact)));
         }
-        for (; i < g + group; i++) {
-            float exact = tiny || !finite ? 0.0f : v[i] / scale;
+        for (; i < n; i++) {
+            float exact = tiny ? 0.0f : v[i] / scale;
             q[i] = (int8_t)(exact + copysignf(LOWER_HALF, exact));
         }
-        if (!finite) memset(q + g, 0, (size_t)group);
-        scale = finite ? scale : NAN;  // lets a NaN reach the logits, where it is reported
-        x->scale[(size_t)row * x->width + (size_t)(g / group)] = scale;
-        if (group % 4 == 0) for (int j = g / 4; j < (g + group) / 4; j++) lanes[j] = scale;
-    }
-    for (size_t j = 0; j < x->width / 4; j++) {
-        const int8_t *p = q + 4 * j;
-        bias[j] = -128 * (p[0] + p[1] + p[2] + p[3]);
+        memset(q + n, 0, x->units * 4 - (size_t)n);
+        for (i = 0; i < n; i++) sum += q[i];
+        x->bias[at] = -offset * sum;
+        x->scale[at] = finite ? scale : NAN;  // lets a NaN reach the logits, where it is reported
     }
 }
 
-// 4 rows of fp32 weights, `apart` floats apart, times C rows of x: out[c * ldo + r * step]
+// LANES rows of a result from `row` on, of so many
+HELPER void V(store_band)(float *out, F x, int row, int rows) {
+    if (row + LANES <= rows) V(store)(out + row, x);
+    else V(store_n)(out + row, x, rows - row);
+}
+
+// R rows of fp32 weights, `apart` floats apart, times C rows of x: out[c * ldo + r * step]
 HELPER void V(tile_f32)(const int R, const int C, const float *w, size_t apart, int cols, const float *x,
                         size_t ldx, float *out, size_t ldo, size_t step) {
     F sums[4][6], a[4];
@@ -2419,109 +2617,122 @@ HELPER void V(tile_f32)(const int R, const int C, const float *w, size_t apart, 
     }
 }
 
-// The scales of the int8 weights of a step, for its 16 lanes. per: groups in a step; 1 also for larger groups
-HELPER F V(scales)(const int per, const unsigned char *p, int left) {
-    float s[LANES];
-    if (per == 1) return V(set1)(f32_at(p));
-    if (per == 2) return V(halves)(f32_at(p), left > 1 ? f32_at(p + 4) : 0.0f);
-    for (int j = 0; j < LANES; j++) {
-        int g = j * per / LANES;
-        s[j] = g < left ? f32_at(p + 4 * (size_t)g) : 0.0f;
-    }
-    return V(load)(s);
-}
-
-// The same of int8 or 4-bit weights: whole numbers are summed by fours, then scaled and summed as floats.
-HELPER void V(tile_int)(const int R, const int C, const int bits, const int per, const Tensor *w, size_t row,
-                        size_t apart, const Activation *x, size_t at, float *out, size_t ldo, size_t step) {
-    const size_t cols = (size_t)w->cols, scale_bytes = bits == 4 ? 2 : sizeof(float);
-    const size_t steps_per_group = per > 1 ? 1 : (size_t)w->group / STEP;
-    const unsigned char *q = w->q + row * w->row_bytes, *s = w->scale + row * w->groups * scale_bytes;
-    const size_t scales_apart = apart * w->groups * scale_bytes;
-    F sums[4][6];
+// Rows of R bands of int8 or 4-bit weights, `apart` bands apart, times C rows of x. The whole numbers of a group
+// are summed exactly, in S sums (more than one where there would be too few to keep the machine busy), then
+// scaled: the result is the same to the last bit for every instruction set.
+HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, const Tensor *w, size_t band,
+                        size_t apart, const Activation *x, int row, float *out, size_t ldo) {
+    const size_t units = w->units, vectors = bits == 4 ? GROUP4 / 8 : units;
+    const size_t scale_bytes = bits == 4 ? 2 : 4, x_bytes = x->groups * units * 4;
+    const unsigned char *values = w->values + band * w->groups * vectors * BAND;
+    const unsigned char *scales = w->scales + band * w->groups * LANES * scale_bytes;
+    const int8_t *q = x->q + (size_t)row * x_bytes;
+    F sums[4][8];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
-    for (size_t i = 0, g = 0, k = 0; i < cols; i += STEP) {
-        Q a[4];
-        F b[4];
-        bool whole = i + STEP <= cols;
+    for (size_t g = 0; g < w->groups; g++, values += vectors * BAND, q += units * 4) {
+        const size_t at = (size_t)row * x->groups + g;
+        I dots[4][8][4];
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {
+            UNROLL for (int k = 0; k < S; k++) {
+                dots[r][c][k] = V(seti)(k ? 0 : x->bias[at + (size_t)c * x->groups]);
+            }
+        }
+        const size_t step = bits == 4 ? 2 : 1;  // units in a vector
+        for (size_t u = 0; u < vectors; u += (size_t)S) {
+            UNROLL for (int k = 0; k < S; k++) UNROLL for (int r = 0; r < R; r++) {
+                Q a = V(bytes)(values + (size_t)r * apart * w->groups * vectors * BAND + (u + (size_t)k) * BAND);
+                const int8_t *p = q + (u + (size_t)k) * 4 * step;
+                UNROLL for (int c = 0; c < C; c++) {
+                    I *dot = &dots[r][c][k];
+                    const int8_t *pc = p + (size_t)c * x_bytes;
+                    if (bits == 8) *dot = V(dot8)(*dot, a, pc);
+                    else *dot = V(dot4)(V(dot4)(*dot, V(low)(a), pc), V(high)(a), pc + 4);
+                }
+            }
+        }
         UNROLL for (int r = 0; r < R; r++) {
-            const unsigned char *p = q + (size_t)r * apart * w->row_bytes + i * (size_t)bits / 8;
-            const unsigned char *scale = s + (size_t)r * scales_apart + g * scale_bytes;
-            if (bits == 4) a[r] = V(weights4)(p);
-            else a[r] = whole ? V(weights8)((const int8_t *)p) : V(weights8_n)((const int8_t *)p, (int)(cols - i));
-            b[r] = bits == 4 ? V(halves16)(scale) : V(scales)(per, scale, (int)(w->groups - g));
-        }
-        UNROLL for (int c = 0; c < C; c++) {
-            const size_t j = at + (size_t)c * x->width + i;
-            F lanes = V(load)(x->lane_scale + j / 4);
-            UNROLL for (int r = 0; r < R; r++) {
-                F products = V(dot4)(a[r], x->q + j, x->lane_bias + j / 4);
-                sums[r][c] = V(fma)(products, V(mul)(b[r], lanes), sums[r][c]);
+            const unsigned char *p = scales + ((size_t)r * apart * w->groups + g) * LANES * scale_bytes;
+            F scale = bits == 4 ? V(halves)(p) : V(load)((const float *)(const void *)p);
+            UNROLL for (int c = 0; c < C; c++) {
+                I dot = dots[r][c][0];
+                UNROLL for (int k = 1; k < S; k++) dot = V(addi)(dot, dots[r][c][k]);
+                F part = V(mul)(V(mul)(V(float)(dot), scale), V(set1)(x->scale[at + (size_t)c * x->groups]));
+                sums[r][c] = V(add)(sums[r][c], part);
             }
         }
-        if (per > 1) g += (size_t)per;
-        else if (++k == steps_per_group) k = 0, g++;
     }
-    UNROLL for (int c = 0; c < C; c++) {
-        float four[4];
-        if (R == 4) V(sum4)(four, sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
-        else UNROLL for (int r = 0; r < R; r++) four[r] = V(sum)(sums[r][c]);
-        UNROLL for (int r = 0; r < R; r++) out[(size_t)c * ldo + (size_t)r * step] = four[r];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {
+        V(store_band)(out + (size_t)(row + c) * ldo, sums[r][c], (int)(band + (size_t)r * apart) * LANES, w->rows);
     }
 }
 
-HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t row, size_t apart, const Activation *x,
-                    int b, float *out, size_t ldo) {
-    const size_t at = (size_t)b * x->width, cols = (size_t)w->cols;
-    out += (size_t)b * ldo + row;
-    if (w->bits == 32) {
-        V(tile_f32)(R, C, w->f + row * cols, apart * cols, w->cols, x->f + at, x->width, out, ldo, apart);
-    } else if (w->bits == 4) {
-        V(tile_int)(R, C, 4, 2, w, row, apart, x, at, out, ldo, apart);
-    } else if (w->group % STEP == 0) {
-        V(tile_int)(R, C, 8, 1, w, row, apart, x, at, out, ldo, apart);
-    } else if (w->group == STEP / 2) {
-        V(tile_int)(R, C, 8, 2, w, row, apart, x, at, out, ldo, apart);
-    } else {
-        V(tile_int)(R, C, 8, STEP / w->group, w, row, apart, x, at, out, ldo, apart);
+// The same of fp32 weights
+HELPER void V(tile_bands)(const int R, const int C, const Tensor *w, size_t band, size_t apart,
+                          const Activation *x, int row, float *out, size_t ldo) {
+    const size_t cols = (size_t)w->cols;
+    const float *values = (const float *)(const void *)w->values + band * cols * LANES;
+    const float *in = x->f + (size_t)row * x->width;
+    F sums[4][8];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
+    for (size_t i = 0; i < cols; i++) {
+        UNROLL for (int r = 0; r < R; r++) {
+            F a = V(load)(values + ((size_t)r * apart * cols + i) * LANES);
+            UNROLL for (int c = 0; c < C; c++) {
+                sums[r][c] = V(fma)(a, V(set1)(in[(size_t)c * x->width + i]), sums[r][c]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {
+        V(store_band)(out + (size_t)(row + c) * ldo, sums[r][c], (int)(band + (size_t)r * apart) * LANES, w->rows);
     }
 }
 
-// Any group size, for those that no vector holds evenly
-KERNEL void V(odd_groups)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to) {
-    for (int b = 0; b < n; b++) {
-        const int8_t *v = x->q + (size_t)b * x->width;
-        const float *x_scale = x->scale + (size_t)b * x->width;
-        for (int row = from; row < to; row++) {
-            const int8_t *q = (const int8_t *)w->q + (size_t)row * w->row_bytes;
-            const unsigned char *scale = w->scale + (size_t)row * w->groups * sizeof(float);
-            float sum = 0.0f;
-            for (size_t g = 0; g < w->groups; g++) {
-                int32_t products = 0;
-                for (int i = 0; i < w->group; i++) products += (int32_t)*q++ * (int32_t)v[g * (size_t)w->group + (size_t)i];
-                sum += (float)products * f32_at(scale + g * sizeof(float)) * x_scale[g];
-            }
-            out[(size_t)b * ldo + (size_t)row] = sum;
-        }
-    }
+HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t band, size_t apart, const Activation *x,
+                    int row, float *out, size_t ldo) {
+    if (w->bits == 32) V(tile_bands)(R, C, w, band, apart, x, row, out, ldo);
+    else if (w->bits == 4) V(tile_int)(R, C, R * C == 1 ? 4 : 1, 4, w, band, apart, x, row, out, ldo);
+    else if (R * C == 1 && w->units % 4 == 0) V(tile_int)(R, C, 4, 8, w, band, apart, x, row, out, ldo);
+    else V(tile_int)(R, C, 1, 8, w, band, apart, x, row, out, ldo);
 }
 
 // Rows from..to of w (rows, cols) times the n rows of x (n, cols): out[b * ldo + row]. All the model's weights
-// are read here. Four rows are taken at once, a quarter of all apart: memory gives four streams faster than one.
+// are read here. from and to are multiples of LANES, but for the last row. Four bands, or rows where the file's
+// are used, are taken at once, a quarter of all apart: memory gives four streams faster than one.
 KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to) {
-    const int g = w->group;
-    if (g && !(g % STEP == 0 || (STEP % g == 0 && g >= 4))) {
-        V(odd_groups)(w, x, n, out, ldo, from, to);
+    int b = 0;
+    if (!w->values) {
+        const size_t cols = (size_t)w->cols, quarter = (size_t)(to - from) / 4;
+        for (size_t r = (size_t)from; r < (size_t)to; r++) {
+            const bool four = r < (size_t)from + quarter;
+            if (r == (size_t)from + quarter) r += 3 * quarter;
+            if (r == (size_t)to) break;
+            const float *p = w->f + r * cols;
+            for (b = 0; four && b + TILE_F32 <= n; b += TILE_F32) {
+                V(tile_f32)(4, TILE_F32, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
+                            out + (size_t)b * ldo + r, ldo, quarter);
+            }
+            for (; four && b < n; b++) {
+                V(tile_f32)(4, 1, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
+                            out + (size_t)b * ldo + r, ldo, quarter);
+            }
+            for (; b < n; b++) {
+                V(tile_f32)(1, 1, p, 0, w->cols, x->f + (size_t)b * x->width, x->width,
+                            out + (size_t)b * ldo + r, ldo, 0);
+            }
+        }
         return;
     }
-    const int quarter = (to - from) / 4;
-    for (int r = from; r < from + quarter; r++) {
-        int b = 0;
-        for (; b + TILE <= n; b += TILE) V(tile)(4, TILE, w, (size_t)r, (size_t)quarter, x, b, out, ldo);
-        for (; b < n; b++) V(tile)(4, 1, w, (size_t)r, (size_t)quarter, x, b, out, ldo);
+    const size_t first = (size_t)from / LANES, bands = round_up((size_t)to, LANES) / LANES - first;
+    const size_t quarter = bands / 4;
+    for (size_t i = first; TILE > 1 && i < first + bands; i++) {
+        for (b = 0; b + TILE <= n; b += TILE) V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
     }
-    for (int r = from + 4 * quarter; r < to; r++) {
-        for (int b = 0; b < n; b++) V(tile)(1, 1, w, (size_t)r, 1, x, b, out, ldo);
+    for (; b < n; b++) {
+        for (size_t i = first; i < first + quarter; i++) V(tile)(4, 1, w, i, quarter, x, b, out, ldo);
+        const size_t rest = first + 4 * quarter, left = bands - 4 * quarter;
+        if (left == 3) V(tile)(3, 1, w, rest, 1, x, b, out, ldo);
+        if (left == 2) V(tile)(2, 1, w, rest, 1, x, b, out, ldo);
+        if (left == 1) V(tile)(1, 1, w, rest, 1, x, b, out, ldo);
     }
 }
 
@@ -2542,50 +2753,72 @@ KERNEL void V(swiglu)(float *gate, const float *up, int n) {
     }
 }
 
-// One query head q (size,) over positions 0..last of its keys and values, both (size, room): out (size,).
-// scores has room for all positions.
-KERNEL void V(attend)(float *out, const float *q, const float *keys, const float *values, size_t room, int size,
-                      int last, float *scores) {
-    const int n = last + 1, blocks = (n + LANES - 1) / LANES * LANES;
-    const F root = V(set1)(sqrtf((float)size));
-    int t = 0;
-    for (; t + 4 * LANES <= blocks; t += 4 * LANES) {
-        F sum[4];
-        UNROLL for (int j = 0; j < 4; j++) sum[j] = V(set1)(0.0f);
-        for (int i = 0; i < size; i++) {
-            const float *k = keys + (size_t)i * room + t;
-            F a = V(set1)(q[i]);
-            UNROLL for (int j = 0; j < 4; j++) sum[j] = V(fma)(a, V(load)(k + j * LANES), sum[j]);
-        }
-        UNROLL for (int j = 0; j < 4; j++) V(store)(scores + t + j * LANES, V(div)(sum[j], root));
-    }
-    for (; t < blocks; t += LANES) {
-        F sum = V(set1)(0.0f);
-        for (int i = 0; i < size; i++) {
-            sum = V(fma)(V(set1)(q[i]), V(load)(keys + (size_t)i * room + t), sum);
-        }
-        V(store)(scores + t, V(div)(sum, root));
-    }
-    V(softmax)(scores, n);
-    int i = 0;
-    for (; i + 4 <= size; i += 4) {
-        F sum[4];
-        UNROLL for (int j = 0; j < 4; j++) sum[j] = V(set1)(0.0f);
-        for (t = 0; t < blocks; t += LANES) {
-            F p = V(load)(scores + t);
-            UNROLL for (int j = 0; j < 4; j++) {
-                sum[j] = V(fma)(p, V(load)(values + (size_t)(i + j) * room + t), sum[j]);
+// N query heads over the positions of one key/value head: keys and values (size, room). D vectors of positions,
+// or dimensions, are worked on at once. scores (N, room)
+HELPER void V(attend_n)(const int N, const int D, const Query *queries, const float *keys, const float *values,
+                        size_t room, int size, float *scores) {
+    int last = 0;
+    for (int j = 0; j < N; j++) last = queries[j].pos > last ? queries[j].pos : last;
+    const int blocks = (int)round_up((size_t)last + 1, LANES);
+    for (int t = 0, step; t < blocks; t += step) {
+        const int left = (blocks - t) / LANES;
+        step = (left < D ? 1 : D) * LANES;
+        F sum[4][MAX_QUERIES];
+        UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(set1)(0.0f);
+        if (left < D) {
+            for (int i = 0; i < size; i++) {
+                F k = V(load)(keys + (size_t)i * room + t);
+                UNROLL for (int j = 0; j < N; j++) sum[0][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[0][j]);
+            }
+        } else {
+            for (int i = 0; i < size; i++) UNROLL for (int d = 0; d < D; d++) {
+                F k = V(load)(keys + (size_t)i * room + t + d * LANES);
+                UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[d][j]);
             }
         }
-        V(sum4)(out + i, sum[0], sum[1], sum[2], sum[3]);
-    }
-    for (; i < size; i++) {
-        F sum = V(set1)(0.0f);
-        for (t = 0; t < blocks; t += LANES) {
-            sum = V(fma)(V(load)(scores + t), V(load)(values + (size_t)i * room + t), sum);
+        UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) {
+            if (d * LANES < step) V(store)(scores + (size_t)j * room + t + d * LANES, sum[d][j]);
         }
-        out[i] = V(sum)(sum);
     }
+    float share[MAX_QUERIES];
+    for (int j = 0; j < N; j++) {
+        float *row = scores + (size_t)j * room;
+        share[j] = 1.0f / V(powers)(row, queries[j].pos + 1);
+        for (int t = (int)round_up((size_t)queries[j].pos + 1, LANES); t < blocks; t++) row[t] = 0.0f;
+    }
+    int i = 0;
+    for (; i + 4 <= size; i += 4) {
+        F sum[4][MAX_QUERIES];
+        UNROLL for (int d = 0; d < 4; d++) UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(set1)(0.0f);
+        for (int t = 0; t < blocks; t += LANES) {
+            F p[MAX_QUERIES];
+            UNROLL for (int j = 0; j < N; j++) p[j] = V(load)(scores + (size_t)j * room + t);
+            UNROLL for (int d = 0; d < 4; d++) {
+                F v = V(load)(values + (size_t)(i + d) * room + t);
+                UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(p[j], v, sum[d][j]);
+            }
+        }
+        UNROLL for (int j = 0; j < N; j++) {
+            float *out = queries[j].out + i;
+            V(sum4)(out, sum[0][j], sum[1][j], sum[2][j], sum[3][j]);
+            for (int d = 0; d < 4; d++) out[d] *= share[j];
+        }
+    }
+    for (; i < size; i++) UNROLL for (int j = 0; j < N; j++) {
+        F sum = V(set1)(0.0f);
+        for (int t = 0; t < blocks; t += LANES) {
+            sum = V(fma)(V(load)(scores + (size_t)j * room + t), V(load)(values + (size_t)i * room + t), sum);
+        }
+        queries[j].out[i] = V(sum)(sum) * share[j];
+    }
+}
+
+KERNEL void V(attend)(int n, const Query *queries, const float *keys, const float *values, size_t room, int size,
+                      float *scores) {
+    if (n == 4) V(attend_n)(4, 2, queries, keys, values, room, size, scores);
+    if (n == 3) V(attend_n)(3, 2, queries, keys, values, room, size, scores);
+    if (n == 2) V(attend_n)(2, 4, queries, keys, values, room, size, scores);
+    if (n == 1) V(attend_n)(1, 4, queries, keys, values, room, size, scores);
 }
 
 // Whether all n are finite
@@ -2600,7 +2833,7 @@ KERNEL bool V(finite)(const float *x, int n) {
 #define NAME_(isa) #isa
 #define NAME(isa) NAME_(isa)
 static const Kernels V(kernels) = {
-    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(attend), V(finite),
+    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(attend), V(finite), V(FLIP),
 };
 
 #undef NAME
@@ -2609,6 +2842,8 @@ static const Kernels V(kernels) = {
 #undef Q
 #undef KERNEL
 #undef HELPER
+#undef I
 #undef TILE
+#undef TILE_F32
 #undef ISA
 #endif  // ISA
