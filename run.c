@@ -19,6 +19,7 @@
 #define _GNU_SOURCE  // sched_getaffinity
 #define _FILE_OFFSET_BITS 64   // files above 2 GB on 32-bit systems
 #define _CRT_SECURE_NO_WARNINGS
+#define __USE_MINGW_ANSI_STDIO 1  // C's printf, not that of Windows
 
 #include <ctype.h>
 #include <errno.h>
@@ -63,6 +64,7 @@ enum { UNK = 0, BOS = 1, EOS = 2 };   // the ids of Llama's special tokens
 enum { LANES = 16 };                  // floats in a vector, and rows of a matrix in a band
 enum { BAND = 64 };                   // bytes of a vector: for each row of a band a float, or 4 int8
 enum { GROUP4 = 32 };                 // 4-bit values that share a scale
+enum { MANY = 64 };                   // rows of input from which on fp32 weights are worth reordering
 
 // ---------------------------------------------------------------------------------------------------------
 // Structs
@@ -142,6 +144,8 @@ typedef struct {
     float *q;            // (rows, n_heads, head_size)
     float *k, *v;        // (rows, n_kv_heads, head_size)
     float *scores;       // (threads, MAX_QUERIES, room)
+    float *scratch;      // (threads, scratch_size) two bands of fp32 weights
+    size_t scratch_size;
     float *logits;       // (logit_rows, vocab_width)
     int logit_rows;
     size_t vocab_width;  // vocab_size rounded up to LANES
@@ -162,7 +166,8 @@ typedef struct {      // one instruction set's; see there
     void (*softmax)(float *x, int n);
     void (*rmsnorm)(float *out, const float *x, const float *weight, int n, float eps);
     void (*quantize)(Activation *x, int row, int cols, int group, int bits);
-    void (*matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to);
+    void (*matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to,
+                   float *scratch);
     void (*swiglu)(float *gate, const float *up, int n);
     void (*attend)(int n, const Query *queries, const float *keys, const float *values, size_t room, int size,
                    float *scores);
@@ -185,7 +190,9 @@ typedef struct {      // text by length: it may hold NUL bytes
 // Errors, memory, files
 
 // One line "run: SUBJECT: what is wrong" and exit code 1. The subject is a file or an option.
-#if defined(__GNUC__)
+#if defined(__MINGW32__)
+__attribute__((format(gnu_printf, 2, 3)))
+#elif defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
 static _Noreturn void die(const char *subject, const char *format, ...) {
@@ -208,11 +215,23 @@ static bool mul_overflows(size_t a, size_t b, size_t *product) {
     return b != 0 && a > SIZE_MAX / b;
 }
 
-// Zeroed memory for a * b elements; never returns NULL, not even for 0 of them.
+enum { CACHE_LINE = 64 };
+
+// Zeroed memory for a * b elements, from the start of a cache line on, as a vector that lies in two takes two reads;
+// never returns NULL, not even for 0 of them.
 static void *allocate(size_t a, size_t b, size_t element, const char *what) {
     size_t count, bytes;
     bool overflows = mul_overflows(a, b, &count) || mul_overflows(count, element, &bytes);
-    void *p = !overflows && bytes <= PTRDIFF_MAX ? calloc(bytes ? bytes : 1, 1) : NULL;
+    void *p = NULL;
+    if (!overflows && bytes < PTRDIFF_MAX - CACHE_LINE) {
+        bytes = bytes ? (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE : CACHE_LINE;
+#ifdef _WIN32
+        p = malloc(bytes);  // what is aligned there cannot be freed by free
+#else
+        p = aligned_alloc(CACHE_LINE, bytes);
+#endif
+        if (p) memset(p, 0, bytes);
+    }
     if (!p) die("", "out of memory for %s: %.0f MB", what, (double)a * (double)b * (double)element / 1e6);
     return p;
 }
@@ -305,6 +324,12 @@ static void flush_stdout(void) {
     check_stdout();
 }
 
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
 // Values inside a mapped file may lie at any address; memcpy compiles to a plain load.
 static int32_t i32_at(const unsigned char *p) { int32_t v; memcpy(&v, p, sizeof v); return v; }
 static float f32_at(const unsigned char *p) { float v; memcpy(&v, p, sizeof v); return v; }
@@ -323,8 +348,16 @@ static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * u
 // ---------------------------------------------------------------------------------------------------------
 // Threads: all of them run the same forward pass, each its share of the rows, and meet at barriers
 
+enum { TRIAL = 4, SHORTEST_PAUSE = 16, LONGEST_PAUSE = 1024 };  // tokens, see note_time()
+
 typedef struct {
-    int n;                   // threads, the caller's included
+    int size;                // threads, the caller's included
+    int n;                   // of them that work now: all, or the caller's alone
+    bool adapt;              // whether n is chosen by what tokens take
+    bool alone;              // the way that is faster, so far
+    double usual, tried;     // seconds that a token takes this way, and took the other way in a trial
+    long tokens, trial;      // decoded so far; when to try the other way
+    int pause;               // tokens from one trial to the next
     atomic_uint phase;       // how often all have met
     atomic_int arrived;      // at the barrier to come
     atomic_int sleepers;
@@ -350,11 +383,10 @@ static void relax(void) {
 
 // Waits for all threads: a moment busily, as most waits are shorter than a microsecond; then asleep, for where
 // another program has one of the cores, what we wait for may need ours. (sched_yield would give away our turn.)
-static void meet(Pool *p) {
-    enum { SPINS = 5000 };
-    if (p->n == 1) return;
+static void meet_all(Pool *p) {
+    enum { SPINS = 2000 };
     const unsigned phase = atomic_load(&p->phase);
-    if (atomic_fetch_add(&p->arrived, 1) == p->n - 1) {
+    if (atomic_fetch_add(&p->arrived, 1) == p->size - 1) {
         atomic_store(&p->arrived, 0);
         atomic_store(&p->phase, phase + 1);
         if (atomic_load(&p->sleepers)) {
@@ -375,18 +407,22 @@ static void meet(Pool *p) {
     pthread_mutex_unlock(&p->mutex);
 }
 
+static void meet(Pool *p) {
+    if (p->n > 1) meet_all(p);
+}
+
 static void *worker(void *argument) {
     Worker self = *(Worker *)argument;
     free(argument);
     for (;;) {
-        meet(self.pool);
+        meet_all(self.pool);
         if (!self.pool->work) return NULL;
         self.pool->work(self.pool->context, self.thread);
-        meet(self.pool);
+        meet_all(self.pool);
     }
 }
 
-// Runs work(context, thread) on every thread, and returns when all are done.
+// Runs work(context, thread) on the threads that work now, and returns when all are done.
 static void run_all(Pool *p, void (*work)(void *, int), void *context) {
     p->work = work;
     p->context = context;
@@ -396,7 +432,8 @@ static void run_all(Pool *p, void (*work)(void *, int), void *context) {
 }
 
 static void start_pool(Pool *p, int n) {
-    *p = (Pool){.n = n, .threads = allocate(n, 1, sizeof(pthread_t), "threads")};
+    *p = (Pool){.size = n, .n = n, .alone = true, .trial = TRIAL, .pause = SHORTEST_PAUSE / 2};
+    p->threads = allocate(n, 1, sizeof(pthread_t), "threads");
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     for (int i = 1; i < n; i++) {
@@ -409,11 +446,38 @@ static void start_pool(Pool *p, int n) {
 
 static void stop_pool(Pool *p) {
     p->work = NULL;
-    meet(p);
-    for (int i = 1; i < p->n; i++) pthread_join(p->threads[i - 1], NULL);
+    if (p->size > 1) meet_all(p);
+    for (int i = 1; i < p->size; i++) pthread_join(p->threads[i - 1], NULL);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->mutex);
     free(p->threads);
+}
+
+// A token of a small model takes one thread less time than all, which have to meet; so does any model's where other
+// programs have the cores. Both ways are tried again and again, the slower one ever more seldom. The text does not
+// depend on it.
+static void choose_threads(Pool *p) {
+    const bool alone = p->tokens >= p->trial ? !p->alone : p->alone;
+    p->n = alone ? 1 : p->size;
+}
+
+static void note_time(Pool *p, double seconds) {
+    const long into = p->tokens++ - p->trial;
+    if (into < 0) {
+        p->usual += (seconds - p->usual) / (p->usual > 0 ? 8 : 1);
+        return;
+    }
+    const bool hopeless = seconds > 4 * p->usual;
+    if (into > 0) p->tried += seconds / (TRIAL - 1);  // the first token wakes the threads
+    if (into + 1 < TRIAL && !hopeless) return;
+    p->pause = 2 * p->pause > LONGEST_PAUSE ? LONGEST_PAUSE : 2 * p->pause;
+    if (p->tried < p->usual && !hopeless) {
+        p->alone = !p->alone;
+        p->usual = p->tried;
+        p->pause = SHORTEST_PAUSE;
+    }
+    p->tried = 0;
+    p->trial = p->tokens + p->pause;
 }
 
 // Thread `thread` of n gets from..to of count things; blocks of `block` stay together.
@@ -627,8 +691,7 @@ AVX2 F_avx2 halves_avx2(const unsigned char *p) {
 }
 
 // AVX-512 with VNNI: Intel servers since 2019, AMD since 2022
-#define TARGET_avx512 \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")))
+#define TARGET_avx512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define AVX512 INLINE TARGET_avx512
 typedef __m512 F_avx512;
 typedef __m512i I_avx512, Q_avx512;
@@ -815,9 +878,8 @@ enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
 static bool usable(const Kernels *k) {
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (k == &kernels_avx2) {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    }
+    // whatever has AVX2 has half floats, for which not every compiler can ask
+    if (k == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (k == &kernels_avx512) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -1023,7 +1085,8 @@ static int read_header(Walk *f, Config *c) {
     return version;
 }
 
-enum { MAX_ROWS = 128 };  // tokens that are fed at once, of a prompt or of as many texts
+enum { MAX_ROWS = 512, LOGIT_ROWS = 64 };  // tokens that are fed at once, of a prompt or of as many texts; when
+                                           // each one's logits are wanted
 
 static float *floats(size_t a, size_t b) { return allocate(a, b, sizeof(float), "the model's state"); }
 
@@ -1049,7 +1112,7 @@ static void free_activation(Activation *a) {
 }
 
 static void free_state(RunState *s, int threads) {
-    void *buffers[] = {s->x, s->add, s->hb2, s->q, s->k, s->v, s->scores, s->logits, s->rope};
+    void *buffers[] = {s->x, s->add, s->hb2, s->q, s->k, s->v, s->scores, s->scratch, s->logits, s->rope};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     free_activation(&s->xb);
     free_activation(&s->hb);
@@ -1066,16 +1129,18 @@ static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
         RunState kept = {.logits = s->logits, .logit_rows = s->logit_rows, .rope = s->rope, .scores = s->scores,
                          .room = s->room};
         s->logits = s->rope = s->scores = NULL;
-        free_state(s, m->pool->n);
+        free_state(s, m->pool->size);
         *s = kept;
         s->rows = rows;
         s->x = floats(rows, c->dim);
         s->xb = activation(c, rows, c->dim);
         s->hb = activation(c, rows, c->hidden_dim);
-        s->own = allocate(m->pool->n, 1, sizeof *s->own, "the model's state");
-        for (int t = 0; t < m->pool->n; t++) {
+        s->own = allocate(m->pool->size, 1, sizeof *s->own, "the model's state");
+        for (int t = 0; t < m->pool->size; t++) {
             s->own[t] = activation(c, 1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
         }
+        s->scratch_size = 2 * LANES * (size_t)(c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
+        s->scratch = rows > 1 && c->bits == 32 && !m->packed ? floats(m->pool->size, s->scratch_size) : NULL;
         s->add = floats(rows, c->dim);
         s->hb2 = floats(rows, c->hidden_dim);
         s->q = floats(rows, c->dim);
@@ -1092,7 +1157,7 @@ static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
         free(s->rope);
         free(s->scores);
         s->room = positions;
-        s->scores = floats((size_t)m->pool->n * MAX_QUERIES, positions);
+        s->scores = floats((size_t)m->pool->size * MAX_QUERIES, positions);
         s->rope = floats(positions, c->head_size);
         // float32 throughout, as PyTorch computed the tables the model was trained with
         for (int i = 0; i < c->head_size / 2; i++) {
@@ -1234,7 +1299,7 @@ static void pack_model(Model *m) {
 
 static void free_model(Model *m) {
     free(m->packed);
-    free_state(&m->state, m->pool->n);
+    free_state(&m->state, m->pool->size);
     free(m->weights.layers);
     close_file(&m->file);
 }
@@ -1332,13 +1397,19 @@ static void attention(Model *m, int thread, int layer) {
     }
 }
 
+static void multiply(Model *m, int thread, const Tensor *w, const Activation *x, int n, float *out, size_t ldo,
+                     int from, int to) {
+    float *scratch = m->state.scratch ? m->state.scratch + (size_t)thread * m->state.scratch_size : NULL;
+    m->kernels->matmul(w, x, n, out, ldo, from, to, scratch);
+}
+
 // This thread's rows of x += w @ input
 static void add_matmul(Model *m, int thread, const Tensor *w, const Activation *input) {
     RunState *s = &m->state;
     const int dim = m->config.dim;
     int from, to;
     share(dim, LANES, thread, m->pool->n, &from, &to);
-    m->kernels->matmul(w, input, m->n_rows, s->add, dim, from, to);
+    multiply(m, thread, w, input, m->n_rows, s->add, dim, from, to);
     for (int b = 0; b < m->n_rows; b++) {
         float *x = s->x + (size_t)b * dim;
         const float *add = s->add + (size_t)b * dim;
@@ -1349,7 +1420,6 @@ static void add_matmul(Model *m, int thread, const Tensor *w, const Activation *
 static void run_layer(Model *m, int thread, int layer) {
     const Config *c = &m->config;
     const Layer *w = &m->weights.layers[layer];
-    const Kernels *kernels = m->kernels;
     RunState *s = &m->state;
     Pool *pool = m->pool;
     const int n = m->n_rows;
@@ -1357,10 +1427,10 @@ static void run_layer(Model *m, int thread, int layer) {
 
     const Activation *input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_att);
     share(c->dim, LANES, thread, pool->n, &from, &to);
-    kernels->matmul(&w->wq, input, n, s->q, c->dim, from, to);
+    multiply(m, thread, &w->wq, input, n, s->q, c->dim, from, to);
     share(c->kv_dim, LANES, thread, pool->n, &from, &to);
-    kernels->matmul(&w->wk, input, n, s->k, c->kv_dim, from, to);
-    kernels->matmul(&w->wv, input, n, s->v, c->kv_dim, from, to);
+    multiply(m, thread, &w->wk, input, n, s->k, c->kv_dim, from, to);
+    multiply(m, thread, &w->wv, input, n, s->v, c->kv_dim, from, to);
     meet(pool);
     attention(m, thread, layer);
     meet(pool);
@@ -1369,10 +1439,10 @@ static void run_layer(Model *m, int thread, int layer) {
     meet(pool);
     input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_ffn);
     share(c->hidden_dim, LANES, thread, pool->n, &from, &to);
-    kernels->matmul(&w->w1, input, n, s->hb.f, s->hb.width, from, to);
-    kernels->matmul(&w->w3, input, n, s->hb2, c->hidden_dim, from, to);
+    multiply(m, thread, &w->w1, input, n, s->hb.f, s->hb.width, from, to);
+    multiply(m, thread, &w->w3, input, n, s->hb2, c->hidden_dim, from, to);
     for (int b = 0; b < n; b++) {
-        kernels->swiglu(s->hb.f + (size_t)b * s->hb.width + from, s->hb2 + (size_t)b * c->hidden_dim + from,
+        m->kernels->swiglu(s->hb.f + (size_t)b * s->hb.width + from, s->hb2 + (size_t)b * c->hidden_dim + from,
                         to - from);
     }
     meet(pool);
@@ -1398,7 +1468,7 @@ static void forward_share(void *context, int thread) {
     const float *last = s->x + (size_t)m->first_logits * c->dim;
     const Activation *input = prepare(m, thread, &s->xb, n, c->dim, last, m->weights.rms_final);
     share(c->vocab_size, LANES, thread, m->pool->n, &from, &to);
-    m->kernels->matmul(&m->weights.wcls, input, n, s->logits, s->vocab_width, from, to);
+    multiply(m, thread, &m->weights.wcls, input, n, s->logits, s->vocab_width, from, to);
 }
 
 // Feeds n tokens. Those from first_logits on have logits (vocab_size,) for the token that follows: returns the
@@ -1414,7 +1484,14 @@ static float *forward(Model *m, const Row *rows, int n, int first_logits) {
     m->rows = rows;
     m->n_rows = n;
     m->first_logits = first_logits;
-    run_all(m->pool, forward_share, m);
+    Pool *pool = m->pool;
+    const bool adapt = n == 1 && pool->adapt;
+    const double start = adapt ? now() : 0;
+    pool->n = pool->size;
+    if (adapt) choose_threads(pool);
+    run_all(pool, forward_share, m);
+    if (adapt) note_time(pool, now() - start);
+    pool->n = pool->size;
     if (first_logits == n) return NULL;
     for (int b = 0; b < n - first_logits; b++) {
         const float *logits = s->logits + (size_t)b * s->vocab_width;
@@ -1868,12 +1945,6 @@ typedef struct {            // of one run, in seconds and tokens
     int stories;
 } Stats;
 
-static double now(void) {
-    struct timespec t;
-    timespec_get(&t, TIME_UTC);
-    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
-}
-
 static double program_start;
 
 // Resident memory at its highest, in bytes; 0 where it is not known
@@ -1898,7 +1969,7 @@ static void print_stats(const Session *s, const Stats *t) {
             "\"prompt_tokens\": %ld, \"prompt_seconds\": %.6f, \"prompt_tok_s\": %.1f, "
             "\"first_token_seconds\": %.6f, \"decoded_tokens\": %ld, \"decode_seconds\": %.6f, "
             "\"decode_tok_s\": %.1f, \"memory_bytes\": %.0f}\n",
-            s->model.pool->n, s->model.kernels->name, t->stories, t->load, t->prompt_tokens, t->prompt,
+            s->model.pool->size, s->model.kernels->name, t->stories, t->load, t->prompt_tokens, t->prompt,
             per_second(t->prompt_tokens, t->prompt), t->first, t->decoded, t->decode,
             per_second(t->decoded, t->decode), peak_memory());
 }
@@ -2184,7 +2255,7 @@ static void print_logits(Session *s, const Text *prompt) {
     Memory memory = {0};
     Row rows[MAX_ROWS];
     for (int pos = 0; pos < t.n; ) {
-        int n = t.n - pos < MAX_ROWS ? t.n - pos : MAX_ROWS;
+        int n = t.n - pos < LOGIT_ROWS ? t.n - pos : LOGIT_ROWS;
         for (int j = 0; j < n; j++) rows[j] = (Row){t.ids[pos + j], pos + j, &memory};
         reserve_memory(&s->model, &memory, pos + n);
         float *logits = forward(&s->model, rows, n, 0);
@@ -2219,7 +2290,7 @@ static void print_perplexity(Session *s, const char *path, Stats *stats) {
         Memory memory = {0};
         for (int at = 0, n; at < t.n; at += n) {
             Row rows[MAX_ROWS];
-            for (n = 0; n < MAX_ROWS && at + n < t.n && at % seq_len + n < seq_len; n++) {
+            for (n = 0; n < LOGIT_ROWS && at + n < t.n && at % seq_len + n < seq_len; n++) {
                 rows[n] = (Row){t.ids[at + n], (at + n) % seq_len, &memory};
             }
             reserve_memory(&s->model, &memory, rows[n - 1].pos + 1);
@@ -2268,7 +2339,7 @@ static const char usage[] =
     "  -y, --system TEXT     system prompt for chat\n"
     "  --template NAME       llama2 (default), or plain for a model trained with none\n"
     "  -b, --batch N         tell N stories at once, with the seeds -s, -s + 1, ...\n"
-    "  -j, --threads N       default: as many as there are cores, or 1 for the smallest models\n"
+    "  -j, --threads N       default: as many as there are cores, fewer while that is faster\n"
     "  -h, --help            this text\n"
     "  --version             the version, and the instruction sets this program can use here\n"
     "\n"
@@ -2420,15 +2491,6 @@ static Text read_prompt(const Options *o) {
     return t;
 }
 
-// All cores, but a thread more pays only where there is work for it between two meetings.
-static int default_threads(const Config *c) {
-    const double weights = (double)c->n_layers * c->dim * (2.0 * c->dim + 2.0 * c->kv_dim + 3.0 * c->hidden_dim)
-                         + (double)c->vocab_size * c->dim;
-    const int cores = physical_cores();
-    const double most = 1 + weights / 100e3;
-    return most < cores ? (int)most : cores;
-}
-
 int main(int argc, char **argv) {
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
@@ -2441,7 +2503,8 @@ int main(int argc, char **argv) {
     Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats, .plain = o.plain};
     Pool pool;
     load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
-    start_pool(&pool, o.threads ? o.threads : default_threads(&s.model.config));
+    start_pool(&pool, o.threads ? o.threads : physical_cores());
+    pool.adapt = !o.threads && pool.size > 1;
     s.model.pool = &pool;
     pack_model(&s.model);
     load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer());
@@ -2450,7 +2513,7 @@ int main(int argc, char **argv) {
     s.limit = o.steps > 0 && o.steps < seq_len ? o.steps : seq_len;
     s.sampler = (Sampler){.n = vocab_size, .temperature = o.temperature, .topp = o.topp, .topk = o.topk,
                           .kernels = s.model.kernels};
-    s.candidates = allocate(vocab_size, pool.n, sizeof(Candidate), "the sampler");
+    s.candidates = allocate(vocab_size, pool.size, sizeof(Candidate), "the sampler");
     const uint64_t seed = o.seed ? o.seed : (uint64_t)time(NULL);  // xorshift never leaves 0
     Stats stats = {.load = now() - program_start};
     if (o.perplexity) {
@@ -2666,20 +2729,19 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
     }
 }
 
-// The same of fp32 weights
-HELPER void V(tile_bands)(const int R, const int C, const Tensor *w, size_t band, size_t apart,
+// The same of fp32 weights: the bands from `band` on are at values
+HELPER void V(tile_bands)(const int R, const int C, const float *values, const Tensor *w, size_t band, size_t apart,
                           const Activation *x, int row, float *out, size_t ldo) {
     const size_t cols = (size_t)w->cols;
-    const float *values = (const float *)(const void *)w->values + band * cols * LANES;
     const float *in = x->f + (size_t)row * x->width;
     F sums[4][8];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
     for (size_t i = 0; i < cols; i++) {
-        UNROLL for (int r = 0; r < R; r++) {
-            F a = V(load)(values + ((size_t)r * apart * cols + i) * LANES);
-            UNROLL for (int c = 0; c < C; c++) {
-                sums[r][c] = V(fma)(a, V(set1)(in[(size_t)c * x->width + i]), sums[r][c]);
-            }
+        F a[4];
+        UNROLL for (int r = 0; r < R; r++) a[r] = V(load)(values + ((size_t)r * apart * cols + i) * LANES);
+        UNROLL for (int c = 0; c < C; c++) {
+            F b = V(set1)(in[(size_t)c * x->width + i]);
+            UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
         }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {
@@ -2687,9 +2749,28 @@ HELPER void V(tile_bands)(const int R, const int C, const Tensor *w, size_t band
     }
 }
 
+// fp32 weights by rows times many rows of x: they are turned into bands, two at a time, which pays.
+KERNEL void V(matmul_many)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, size_t band,
+                           size_t bands, float *scratch) {
+    const size_t cols = (size_t)w->cols;
+    for (size_t end = band + bands; band < end; band += 2) {
+        const bool two = band + 1 < end;
+        for (size_t r = 0; r < (two ? 2 : 1) * LANES; r++) {
+            const size_t row = band * LANES + r;
+            float *to = scratch + r / LANES * LANES * cols + r % LANES;
+            for (size_t i = 0; i < cols; i++) to[i * LANES] = row < (size_t)w->rows ? w->f[row * cols + i] : 0.0f;
+        }
+        int b = 0;
+        for (; two && b + TILE <= n; b += TILE) V(tile_bands)(2, TILE, scratch, w, band, 1, x, b, out, ldo);
+        for (; two && b < n; b++) V(tile_bands)(2, 1, scratch, w, band, 1, x, b, out, ldo);
+        for (; b < n; b++) V(tile_bands)(1, 1, scratch, w, band, 1, x, b, out, ldo);
+    }
+}
+
 HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t band, size_t apart, const Activation *x,
                     int row, float *out, size_t ldo) {
-    if (w->bits == 32) V(tile_bands)(R, C, w, band, apart, x, row, out, ldo);
+    const float *f = (const float *)(const void *)w->values + band * (size_t)w->cols * LANES;
+    if (w->bits == 32) V(tile_bands)(R, C, f, w, band, apart, x, row, out, ldo);
     else if (w->bits == 4) V(tile_int)(R, C, R * C == 1 ? 4 : 1, 4, w, band, apart, x, row, out, ldo);
     else if (R * C == 1 && w->units % 4 == 0) V(tile_int)(R, C, 4, 8, w, band, apart, x, row, out, ldo);
     else V(tile_int)(R, C, 1, 8, w, band, apart, x, row, out, ldo);
@@ -2698,8 +2779,14 @@ HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t band, size
 // Rows from..to of w (rows, cols) times the n rows of x (n, cols): out[b * ldo + row]. All the model's weights
 // are read here. from and to are multiples of LANES, but for the last row. Four bands, or rows where the file's
 // are used, are taken at once, a quarter of all apart: memory gives four streams faster than one.
-KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to) {
+KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to,
+                      float *scratch) {
+    const size_t first = (size_t)from / LANES, bands = round_up((size_t)to, LANES) / LANES - first;
     int b = 0;
+    if (!w->values && n >= MANY) {
+        V(matmul_many)(w, x, n, out, ldo, first, bands, scratch);
+        return;
+    }
     if (!w->values) {
         const size_t cols = (size_t)w->cols, quarter = (size_t)(to - from) / 4;
         for (size_t r = (size_t)from; r < (size_t)to; r++) {
@@ -2722,7 +2809,6 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
         }
         return;
     }
-    const size_t first = (size_t)from / LANES, bands = round_up((size_t)to, LANES) / LANES - first;
     const size_t quarter = bands / 4;
     for (size_t i = first; TILE > 1 && i < first + bands; i++) {
         for (b = 0; b + TILE <= n; b += TILE) V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
