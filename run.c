@@ -215,7 +215,7 @@ static bool mul_overflows(size_t a, size_t b, size_t *product) {
     return b != 0 && a > SIZE_MAX / b;
 }
 
-enum { CACHE_LINE = 64 };
+enum { CACHE_LINE = 64, HUGE_PAGE = 2 << 20 };
 
 // Zeroed memory for a * b elements, from the start of a cache line on, as a vector that lies in two takes two reads;
 // never returns NULL, not even for 0 of them.
@@ -223,12 +223,16 @@ static void *allocate(size_t a, size_t b, size_t element, const char *what) {
     size_t count, bytes;
     bool overflows = mul_overflows(a, b, &count) || mul_overflows(count, element, &bytes);
     void *p = NULL;
-    if (!overflows && bytes < PTRDIFF_MAX - CACHE_LINE) {
-        bytes = bytes ? (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE : CACHE_LINE;
+    if (!overflows && bytes < PTRDIFF_MAX - HUGE_PAGE) {
+        const size_t unit = bytes < 2 * HUGE_PAGE ? CACHE_LINE : HUGE_PAGE;
+        bytes = bytes ? (bytes + unit - 1) / unit * unit : unit;
 #ifdef _WIN32
         p = malloc(bytes);  // what is aligned there cannot be freed by free
 #else
-        p = aligned_alloc(CACHE_LINE, bytes);
+        p = aligned_alloc(unit, bytes);
+#endif
+#ifdef MADV_HUGEPAGE
+        if (p && unit == HUGE_PAGE) madvise(p, bytes, MADV_HUGEPAGE);  // fewer pages to look up
 #endif
         if (p) memset(p, 0, bytes);
     }
@@ -1277,10 +1281,23 @@ static void set_place(Model *m, Tensor *t, void *context) {
     *at += groups * (t->units + 1) * BAND;
 }
 
+// Gives back the memory of a part of a mapped file that has been read; it is still there to be read again.
+static void forget(const File *file, const unsigned char *from, const unsigned char *to) {
+#ifndef _WIN32
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t start = ((uintptr_t)from + page - 1) / page * page, end = (uintptr_t)to / page * page;
+    if (file->mapped && end > start) madvise((void *)start, end - start, MADV_DONTNEED);
+#else
+    (void)file, (void)from, (void)to;
+#endif
+}
+
 static void pack_share(Model *m, Tensor *t, void *context) {
     int from, to;
-    share((t->rows + LANES - 1) / LANES, 1, *(int *)context, m->pool->n, &from, &to);
-    pack(t, t->bits == 32 ? 0 : m->kernels->flip, from, to);
+    share(t->rows, LANES, *(int *)context, m->pool->n, &from, &to);
+    pack(t, t->bits == 32 ? 0 : m->kernels->flip, from / LANES, (to + LANES - 1) / LANES);
+    const size_t cols = (size_t)t->cols;
+    if (t->q) forget(&m->file, t->q + (size_t)from * cols, t->q + (size_t)to * cols);
 }
 
 static void pack_thread(void *context, int thread) {
@@ -2506,7 +2523,7 @@ int main(int argc, char **argv) {
     start_pool(&pool, o.threads ? o.threads : physical_cores());
     pool.adapt = !o.threads && pool.size > 1;
     s.model.pool = &pool;
-    pack_model(&s.model);
+    if (!o.tokens) pack_model(&s.model);
     load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer());
     warn_of_wrong_tokenizer(&s);
     const int vocab_size = s.model.config.vocab_size, seq_len = s.model.config.seq_len;
