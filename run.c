@@ -5,8 +5,8 @@
  *   ./run model.bin -z data/tok4096.bin -i "Once upon a time" -t 0.8
  *   ./run --help
  *
- * Reads the three layouts that export.py writes (and llama2.c's export.py before it): v0 and v1 hold fp32
- * weights, v2 int8 weights in groups that share one fp32 scale. The header says which.
+ * Reads the layouts that export.py writes (the first three as llama2.c's): v0 and v1 hold fp32 weights, v2 int8
+ * weights in groups that share one fp32 scale, v3 4-bit weights. The header says which.
  * Nothing in a file is believed before it is checked: sizes are computed with overflow checks and must equal
  * the file's real size, so a damaged file is one line on stderr and exit code 1.
  *
