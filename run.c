@@ -569,11 +569,14 @@ INLINE F_plain mul_plain(F_plain a, F_plain b) { EACH a.v[j] *= b.v[j]; return a
 INLINE F_plain div_plain(F_plain a, F_plain b) { EACH a.v[j] /= b.v[j]; return a; }
 INLINE F_plain max_plain(F_plain a, F_plain b) { EACH a.v[j] = a.v[j] > b.v[j] ? a.v[j] : b.v[j]; return a; }
 INLINE F_plain fma_plain(F_plain a, F_plain b, F_plain c) { EACH c.v[j] += a.v[j] * b.v[j]; return c; }
-INLINE F_plain trunc_plain(F_plain a) { EACH a.v[j] = (float)(int)a.v[j]; return a; }
+INLINE F_plain trunc_plain(F_plain a) {  // damaged weights bring NaNs here, which no int can hold
+    EACH a.v[j] = fabsf(a.v[j]) < 0x1p31f ? (float)(int)a.v[j] : 0.0f;
+    return a;
+}
 INLINE F_plain abs_plain(F_plain a) { EACH a.v[j] = fabsf(a.v[j]); return a; }
 INLINE F_plain sign_plain(F_plain a, F_plain of) { EACH a.v[j] = copysignf(a.v[j], of.v[j]); return a; }
 INLINE F_plain pow2_plain(F_plain n) {  // of whole numbers from -126 to 127
-    EACH { int32_t bits = ((int)n.v[j] + 127) * (1 << 23); memcpy(&n.v[j], &bits, 4); }
+    EACH { uint32_t bits = (uint32_t)((int)n.v[j] + 127) << 23; memcpy(&n.v[j], &bits, 4); }
     return n;
 }
 INLINE float sum_plain(F_plain a) {
