@@ -1,11 +1,15 @@
-# `make help` lists the targets. PYTHON, CC and CFLAGS can be given: make run CC=clang
+# `make help` lists the targets. PYTHON, CC, CFLAGS and SECONDS can be given: make run CC=clang
 PYTHON ?= python3
 CC ?= cc
 CFLAGS ?= -O3 -ffp-contract=off -Wall -Wextra -Wpedantic
 VENV = .venv
 PY = $(VENV)/bin/python
 
-.PHONY: help demo test lint clean
+FUZZ_CC ?= clang
+SECONDS ?= 600
+FUZZ_TARGETS = model tokenizer prompt cli
+
+.PHONY: help demo test lint fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 8
@@ -52,5 +56,21 @@ test: lint run  ## the whole test suite; needs no network but for installing pac
 lint: $(VENV)/tests-installed  ## ruff, the linter
 	$(PY) -m ruff check --config .ci/ruff.toml .
 
+fuzz/%: tests/fuzz.c run.c
+	@mkdir -p fuzz
+	@echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | \
+	  $(FUZZ_CC) -fsanitize=fuzzer,address,undefined -xc - -o fuzz/probe 2> /dev/null || \
+	  { echo "make fuzz needs clang with libFuzzer (Debian: apt-get install clang libclang-rt-dev); got FUZZ_CC=$(FUZZ_CC)"; exit 1; }
+	$(FUZZ_CC) -std=c11 -g -O1 -DSMALL -DFUZZ=$* -fno-sanitize-recover=all -o $@ -I. tests/fuzz.c -lm -lpthread \
+	  -fsanitize=fuzzer,address,undefined,float-cast-overflow,float-divide-by-zero
+
+# what is found is kept in fuzz/found-TARGET, an input that fails in fuzz/TARGET-crash-*
+fuzz: $(FUZZ_TARGETS:%=fuzz/%)  ## run.c under clang's libFuzzer, SECONDS (600) for each target
+	@for target in $(FUZZ_TARGETS); do \
+	  mkdir -p fuzz/found-$$target; \
+	  (set -x; fuzz/$$target -max_total_time=$(SECONDS) -timeout=20 -print_final_stats=1 \
+	    -artifact_prefix=fuzz/$$target- fuzz/found-$$target tests/corpus/$$target) || exit 1; \
+	done
+
 clean:  ## remove what make built (not your data, not your models)
-	rm -rf run demo $(VENV)
+	rm -rf run demo fuzz $(VENV)
