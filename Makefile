@@ -9,7 +9,7 @@ FUZZ_CC ?= clang
 SECONDS ?= 600
 FUZZ_TARGETS = model tokenizer prompt cli
 
-.PHONY: help demo test lint fuzz clean
+.PHONY: help demo test lint bench fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 8
@@ -56,6 +56,9 @@ test: lint run  ## the whole test suite; needs no network but for installing pac
 lint: $(VENV)/tests-installed  ## ruff, the linter
 	$(PY) -m ruff check --config .ci/ruff.toml .
 
+bench: run $(VENV)/installed  ## run's speed as a table; MODELS, PEER and more: see tests/bench.py
+	@$(PY) tests/bench.py
+
 fuzz/%: tests/fuzz.c run.c
 	@mkdir -p fuzz
 	@echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | \
@@ -73,4 +76,4 @@ fuzz: $(FUZZ_TARGETS:%=fuzz/%)  ## run.c under clang's libFuzzer, SECONDS (600) 
 	done
 
 clean:  ## remove what make built (not your data, not your models)
-	rm -rf run demo fuzz $(VENV)
+	rm -rf run demo bench fuzz $(VENV)
