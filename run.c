@@ -123,8 +123,8 @@ typedef struct {          // the input of a matmul
 } Activation;
 
 typedef struct {      // what attention remembers of one text, in which room grows with it
-    float *keys;      // (n_layers, n_kv_heads, head_size, room): scores of neighbouring positions lie together
-    float *values;    // (n_layers, n_kv_heads, head_size, room)
+    float *keys;      // (n_layers, n_kv_heads, room / LANES, head_size, LANES): neighbouring positions lie together
+    float *values;    // the same
     int room;         // positions, a multiple of LANES
 } Memory;
 
@@ -224,7 +224,7 @@ static void *allocate(size_t a, size_t b, size_t element, const char *what) {
     bool overflows = mul_overflows(a, b, &count) || mul_overflows(count, element, &bytes);
     void *p = NULL;
     if (!overflows && bytes < PTRDIFF_MAX - HUGE_PAGE) {
-        const size_t unit = bytes < 2 * HUGE_PAGE ? CACHE_LINE : HUGE_PAGE;
+        const size_t unit = bytes < HUGE_PAGE / 2 ? CACHE_LINE : HUGE_PAGE;
         bytes = bytes ? (bytes + unit - 1) / unit * unit : unit;
 #ifdef _WIN32
         p = malloc(bytes);  // what is aligned there cannot be freed by free
@@ -534,6 +534,11 @@ static int physical_cores(void) {
 #define CONCAT_(a, b) a##_##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define V(name) CONCAT(name, ISA)  // V(load) is load_avx2, when ISA is avx2
+#if defined(__GNUC__)
+    #define PREFETCH(p) __builtin_prefetch(p)
+#else
+    #define PREFETCH(p)
+#endif
 #ifdef SMALL  // compiles in a tenth of the time, runs slowly: for debugging
     #define INLINE static inline
     #define UNROLL
@@ -1182,7 +1187,7 @@ static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
 // Room in a text's memory, at least for n positions; never more than a whole context needs.
 static void reserve_memory(Model *m, Memory *memory, int n) {
     const Config *c = &m->config;
-    const size_t lines = (size_t)c->n_layers * c->kv_dim;  // in range: both were checked
+    const size_t heads = (size_t)c->n_layers * (size_t)c->n_kv_heads, size = (size_t)c->head_size;
     if (n <= memory->room) return;
     int64_t room = 2 * (int64_t)memory->room > n ? 2 * (int64_t)memory->room : n;
     if (room > c->seq_len) room = c->seq_len;
@@ -1190,10 +1195,10 @@ static void reserve_memory(Model *m, Memory *memory, int n) {
     room = (room + LANES - 1) / LANES * LANES;
     float **both[] = {&memory->keys, &memory->values};
     for (int i = 0; i < 2; i++) {
-        float *grown = floats(lines, room);
-        for (size_t line = 0; memory->room && line < lines; line++) {
-            memcpy(grown + line * (size_t)room, *both[i] + line * (size_t)memory->room,
-                   (size_t)memory->room * sizeof(float));
+        const size_t old = (size_t)memory->room * size;
+        float *grown = floats(heads * size, room);
+        for (size_t h = 0; old && h < heads; h++) {
+            memcpy(grown + h * (size_t)room * size, *both[i] + h * old, old * sizeof(float));
         }
         free(*both[i]);
         *both[i] = grown;
@@ -1386,13 +1391,14 @@ static void attention(Model *m, int thread, int layer) {
             const Row *row = &m->rows[b];
             const float *rope = s->rope + (size_t)row->pos * size;
             const size_t room = (size_t)row->memory->room;
-            const size_t at = ((size_t)layer * c->n_kv_heads + h) * size * room + (size_t)row->pos;
+            const size_t block = (size_t)row->pos / LANES * LANES * size + (size_t)row->pos % LANES;
+            const size_t at = ((size_t)layer * c->n_kv_heads + h) * size * room + block;
             float *k = s->k + (size_t)b * c->kv_dim + (size_t)h * size;
             const float *v = s->v + (size_t)b * c->kv_dim + (size_t)h * size;
             rotate(k, size, rope);
             for (int i = 0; i < size; i++) {
-                row->memory->keys[at + (size_t)i * room] = k[i];
-                row->memory->values[at + (size_t)i * room] = v[i];
+                row->memory->keys[at + (size_t)i * LANES] = k[i];
+                row->memory->values[at + (size_t)i * LANES] = v[i];
             }
         }
         Query queries[MAX_QUERIES];
@@ -1891,7 +1897,32 @@ static void sift_down(Candidate *heap, int i, int n) {
     heap[i] = moving;
 }
 
-// c has room for n candidates
+// Sorts candidates so that the most likely comes last and of equals the smaller id: three passes of counting sort on
+// the bits of p, which for positive floats are ordered as p is. spare has room for n.
+static void sort_candidates(Candidate *c, int n, Candidate *spare) {
+    enum { BITS = 11, BUCKETS = 1 << BITS };
+    for (int i = 0; i < n / 2; i++) {  // ids from large to small, as the passes keep the order of equals
+        Candidate swap = c[i];
+        c[i] = c[n - 1 - i];
+        c[n - 1 - i] = swap;
+    }
+    for (int pass = 0; pass < 3; pass++) {
+        int start[BUCKETS + 1] = {0};
+        uint32_t bits;
+        for (int i = 0; i < n; i++) {
+            memcpy(&bits, &c[i].p, sizeof bits);
+            start[(bits >> pass * BITS) % BUCKETS + 1]++;
+        }
+        for (int b = 0; b < BUCKETS; b++) start[b + 1] += start[b];
+        for (int i = 0; i < n; i++) {
+            memcpy(&bits, &c[i].p, sizeof bits);
+            spare[start[(bits >> pass * BITS) % BUCKETS]++] = c[i];
+        }
+        memcpy(c, spare, (size_t)n * sizeof *c);
+    }
+}
+
+// c has room for 2 n candidates
 static int sample_top(const Sampler *s, const float *p, float coin, Candidate *c) {
     // what is below this cannot be in the set, whatever the other n - 1 are
     const bool by_share = s->topp > 0 && s->topp < 1;
@@ -1899,22 +1930,27 @@ static int sample_top(const Sampler *s, const float *p, float coin, Candidate *c
     const float cutoff = by_share && s->n > 1 ? (1.0f - topp) / (float)(s->n - 1) : 0.0f;
     int n = 0;
     for (int i = 0; i < s->n; i++) {
-        if (p[i] >= cutoff) c[n++] = (Candidate){p[i], i};
+        c[n] = (Candidate){p[i], i};
+        n += p[i] >= cutoff;
     }
     if (n == 0) return argmax(p, s->n);  // flat probabilities and a tiny topp
 
-    // Heap sort from the most likely on, which stops as soon as topp is reached: the chosen end up, most
-    // likely first, at c[n-1], c[n-2], ..., c[n-chosen].
+    // The chosen end up, most likely first, at c[n-1], c[n-2], ..., c[n-chosen]: many candidates are sorted, of a few
+    // a heap gives one after the other until topp is reached.
+    enum { FEW = 512 };
     float sum = 0.0f;
     int chosen = 0;
-    for (int i = n / 2 - 1; i >= 0; i--) sift_down(c, i, n);
+    if (n > FEW) sort_candidates(c, n, c + s->n);
+    else for (int i = n / 2 - 1; i >= 0; i--) sift_down(c, i, n);
     while (chosen < n && sum <= topp && (s->topk == 0 || chosen < s->topk)) {
-        Candidate best = c[0];
-        int last = n - 1 - chosen++;
-        c[0] = c[last];
-        if (last > 0) sift_down(c, 0, last);
-        c[last] = best;
-        sum += best.p;
+        const int last = n - 1 - chosen++;
+        if (n <= FEW) {
+            Candidate best = c[0];
+            c[0] = c[last];
+            if (last > 0) sift_down(c, 0, last);
+            c[last] = best;
+        }
+        sum += c[last].p;
     }
     float target = coin * sum, reached = 0.0f;
     for (int i = 0; i < chosen; i++) {
@@ -1943,7 +1979,7 @@ typedef struct {
     Model model;
     Tokenizer tokenizer;
     Sampler sampler;
-    Candidate *candidates;  // (threads, vocab_size)
+    Candidate *candidates;  // (threads, 2, vocab_size)
     int limit;              // positions that may be used
     bool flush_each;        // stdout is a terminal: show each token at once
     bool stats;             // print what was measured as JSON
@@ -1972,6 +2008,14 @@ static double peak_memory(void) {
 #if defined(_WIN32)
     return 0;
 #else
+#if defined(__linux__)  // getrusage would give that of the program that started this one, if it was larger
+    char line[256];
+    long kilobytes = 0;
+    FILE *f = fopen("/proc/self/status", "r");
+    while (f && fgets(line, sizeof line, f) && sscanf(line, "VmHWM: %ld", &kilobytes) != 1) {}
+    if (f) fclose(f);
+    if (kilobytes > 0) return (double)kilobytes * 1024;
+#endif
     struct rusage usage;
     if (getrusage(RUSAGE_SELF, &usage) != 0) return 0;
 #if defined(__APPLE__)
@@ -2037,7 +2081,7 @@ static void sample_share(void *context, int thread) {
     share(job->n, 1, thread, s->model.pool->n, &from, &to);
     for (int i = from; i < to; i++) {
         job->stories[i]->next = sample(&s->sampler, s->model.state.logits + (size_t)i * s->model.state.vocab_width,
-                                       &job->stories[i]->rng, s->candidates + (size_t)thread * s->sampler.n);
+                                       &job->stories[i]->rng, s->candidates + (size_t)thread * 2 * (size_t)s->sampler.n);
     }
 }
 
@@ -2057,12 +2101,12 @@ static void begin_story(Session *s, Story *story, const Tokens *t, uint64_t seed
     const int fed = t->n < s->limit ? t->n : s->limit;
     *story = (Story){.rng = seed, .pos = fed, .prev = BOS, .next = BOS};
     if (first) {
-        const size_t lines = (size_t)c->n_layers * c->kv_dim;
+        const size_t size = (size_t)c->head_size, bytes = round_up((size_t)fed, LANES) * size * sizeof(float);
         reserve_memory(&s->model, &story->memory, fed);
-        for (size_t i = 0; i < lines; i++) {
-            size_t to = i * (size_t)story->memory.room, from = i * (size_t)first->memory.room;
-            memcpy(story->memory.keys + to, first->memory.keys + from, (size_t)fed * sizeof(float));
-            memcpy(story->memory.values + to, first->memory.values + from, (size_t)fed * sizeof(float));
+        for (size_t h = 0; h < (size_t)c->n_layers * (size_t)c->n_kv_heads; h++) {
+            const size_t to = h * (size_t)story->memory.room * size, from = h * (size_t)first->memory.room * size;
+            memcpy(story->memory.keys + to, first->memory.keys + from, bytes);
+            memcpy(story->memory.values + to, first->memory.values + from, bytes);
         }
         memcpy(s->model.state.logits, prompt_logits, (size_t)s->sampler.n * sizeof(float));
     }
@@ -2197,7 +2241,6 @@ static void render_turn(Text *out, const Text *system, const Text *user, bool pl
 static void answer(Session *s, Story *chat, const Tokens *t) {
     Model *m = &s->model;
     text_append(&chat->text, "Assistant: ", s->plain ? 0 : 11);
-    if (t->n == 0) return;
     chat->prev = t->ids[t->n - 1];
     prefill(m, &chat->memory, t->ids, t->n, chat->pos);
     chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
@@ -2236,10 +2279,6 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
         }
         render_turn(&turn, &system, &user, s->plain);
         Tokens t = encode_prompt(s, turn.data, turn.len);
-        if (s->plain && turns > 0 && !ends(story.next)) {  // no new text, but the same goes on
-            t.n--;
-            memmove(t.ids, t.ids + 1, (size_t)t.n * sizeof *t.ids);
-        }
         bool fits = t.n <= s->limit - story.pos;
         if (!fits && turns == 0) die("-n", "the first prompt is %d tokens long, more than %d", t.n, s->limit);
         if (fits) answer(s, &story, &t);
@@ -2533,7 +2572,7 @@ int main(int argc, char **argv) {
     s.limit = o.steps > 0 && o.steps < seq_len ? o.steps : seq_len;
     s.sampler = (Sampler){.n = vocab_size, .temperature = o.temperature, .topp = o.topp, .topk = o.topk,
                           .kernels = s.model.kernels};
-    s.candidates = allocate(vocab_size, pool.size, sizeof(Candidate), "the sampler");
+    s.candidates = allocate(vocab_size, 2 * (size_t)pool.size, sizeof(Candidate), "the sampler");
     const uint64_t seed = o.seed ? o.seed : (uint64_t)time(NULL);  // xorshift never leaves 0
     Stats stats = {.load = now() - program_start};
     if (o.perplexity) {
@@ -2725,6 +2764,8 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
             UNROLL for (int k = 0; k < S; k++) UNROLL for (int r = 0; r < R; r++) {
                 Q a = V(bytes)(values + (size_t)r * apart * w->groups * vectors * BAND + (u + (size_t)k) * BAND);
                 const int8_t *p = q + (u + (size_t)k) * 4 * step;
+                // many rows of x keep this band for so long that the next one can come meanwhile
+                if (C > 1) PREFETCH(values + (w->groups * vectors + u + (size_t)k) * BAND);
                 UNROLL for (int c = 0; c < C; c++) {
                     I *dot = &dots[r][c][k];
                     const int8_t *pc = p + (size_t)c * x_bytes;
@@ -2859,9 +2900,31 @@ KERNEL void V(swiglu)(float *gate, const float *up, int n) {
     }
 }
 
-// N query heads over the positions of one key/value head: keys and values (size, room). D vectors of positions,
-// or dimensions, are worked on at once. scores (N, room)
-HELPER void V(attend_n)(const int N, const int D, const Query *queries, const float *keys, const float *values,
+// Dimensions i to i + E (a multiple of 4) of the values, mixed by the scores
+HELPER void V(mix)(const int N, const int E, const Query *queries, const float *share, const float *values,
+                   size_t room, int size, int blocks, int i, const float *scores) {
+    F sum[16][MAX_QUERIES];
+    UNROLL for (int e = 0; e < E; e++) UNROLL for (int j = 0; j < N; j++) sum[e][j] = V(set1)(0.0f);
+    for (int t = 0; t < blocks; t += LANES) {
+        F p[MAX_QUERIES];
+        UNROLL for (int j = 0; j < N; j++) p[j] = V(load)(scores + (size_t)j * room + t);
+        UNROLL for (int e = 0; e < E; e++) {
+            F v = V(load)(values + (size_t)t * size + (size_t)(i + e) * LANES);
+            UNROLL for (int j = 0; j < N; j++) sum[e][j] = V(fma)(p[j], v, sum[e][j]);
+        }
+    }
+    UNROLL for (int j = 0; j < N; j++) {
+        float *out = queries[j].out + i;
+        UNROLL for (int e = 0; e < E; e += 4) {
+            V(sum4)(out + e, sum[e][j], sum[e + 1][j], sum[e + 2][j], sum[e + 3][j]);
+        }
+        for (int e = 0; e < E; e++) out[e] *= share[j];
+    }
+}
+
+// N query heads over the positions of one key/value head: keys and values (blocks, size, LANES). D vectors of
+// positions, then E of dimensions, are worked on at once. scores (N, room)
+HELPER void V(attend_n)(const int N, const int D, const int E, const Query *queries, const float *keys, const float *values,
                         size_t room, int size, float *scores) {
     int last = 0;
     for (int j = 0; j < N; j++) last = queries[j].pos > last ? queries[j].pos : last;
@@ -2873,12 +2936,12 @@ HELPER void V(attend_n)(const int N, const int D, const Query *queries, const fl
         UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(set1)(0.0f);
         if (left < D) {
             for (int i = 0; i < size; i++) {
-                F k = V(load)(keys + (size_t)i * room + t);
+                F k = V(load)(keys + (size_t)t * size + (size_t)i * LANES);
                 UNROLL for (int j = 0; j < N; j++) sum[0][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[0][j]);
             }
         } else {
             for (int i = 0; i < size; i++) UNROLL for (int d = 0; d < D; d++) {
-                F k = V(load)(keys + (size_t)i * room + t + d * LANES);
+                F k = V(load)(keys + (size_t)(t + d * LANES) * size + (size_t)i * LANES);
                 UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[d][j]);
             }
         }
@@ -2893,27 +2956,13 @@ HELPER void V(attend_n)(const int N, const int D, const Query *queries, const fl
         for (int t = (int)round_up((size_t)queries[j].pos + 1, LANES); t < blocks; t++) row[t] = 0.0f;
     }
     int i = 0;
-    for (; i + 4 <= size; i += 4) {
-        F sum[4][MAX_QUERIES];
-        UNROLL for (int d = 0; d < 4; d++) UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(set1)(0.0f);
-        for (int t = 0; t < blocks; t += LANES) {
-            F p[MAX_QUERIES];
-            UNROLL for (int j = 0; j < N; j++) p[j] = V(load)(scores + (size_t)j * room + t);
-            UNROLL for (int d = 0; d < 4; d++) {
-                F v = V(load)(values + (size_t)(i + d) * room + t);
-                UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(p[j], v, sum[d][j]);
-            }
-        }
-        UNROLL for (int j = 0; j < N; j++) {
-            float *out = queries[j].out + i;
-            V(sum4)(out, sum[0][j], sum[1][j], sum[2][j], sum[3][j]);
-            for (int d = 0; d < 4; d++) out[d] *= share[j];
-        }
-    }
+    for (; i + E <= size; i += E) V(mix)(N, E, queries, share, values, room, size, blocks, i, scores);
+    for (; i + 4 <= size; i += 4) V(mix)(N, 4, queries, share, values, room, size, blocks, i, scores);
     for (; i < size; i++) UNROLL for (int j = 0; j < N; j++) {
         F sum = V(set1)(0.0f);
         for (int t = 0; t < blocks; t += LANES) {
-            sum = V(fma)(V(load)(scores + (size_t)j * room + t), V(load)(values + (size_t)i * room + t), sum);
+            F v = V(load)(values + (size_t)t * size + (size_t)i * LANES);
+            sum = V(fma)(V(load)(scores + (size_t)j * room + t), v, sum);
         }
         queries[j].out[i] = V(sum)(sum) * share[j];
     }
@@ -2921,10 +2970,10 @@ HELPER void V(attend_n)(const int N, const int D, const Query *queries, const fl
 
 KERNEL void V(attend)(int n, const Query *queries, const float *keys, const float *values, size_t room, int size,
                       float *scores) {
-    if (n == 4) V(attend_n)(4, 2, queries, keys, values, room, size, scores);
-    if (n == 3) V(attend_n)(3, 2, queries, keys, values, room, size, scores);
-    if (n == 2) V(attend_n)(2, 4, queries, keys, values, room, size, scores);
-    if (n == 1) V(attend_n)(1, 4, queries, keys, values, room, size, scores);
+    if (n == 4) V(attend_n)(4, 2, 4, queries, keys, values, room, size, scores);
+    if (n == 3) V(attend_n)(3, 2, 4, queries, keys, values, room, size, scores);
+    if (n == 2) V(attend_n)(2, 4, 8, queries, keys, values, room, size, scores);
+    if (n == 1) V(attend_n)(1, 4, 16, queries, keys, values, room, size, scores);
 }
 
 // Whether all n are finite

@@ -5,9 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 import bench
+import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = {"tiny": (32, 2, 4, 2, 300, 48, 64)}  # a context shorter than the usual prompt

@@ -64,7 +64,7 @@ int main(int argc, char **argv) {
             s.kernels = best_kernels();
             uint64_t rng;
             memcpy(&rng, b + 8, 8);
-            Candidate *candidates = malloc((size_t)vocab * sizeof(Candidate));
+            Candidate *candidates = malloc(2 * (size_t)vocab * sizeof(Candidate));
             float *logits = malloc(((size_t)vocab + LANES) * sizeof(float));
             for (int i = 0; i < draws; i++) {
                 memcpy(logits, b + 20, (size_t)vocab * sizeof(float));
@@ -779,7 +779,8 @@ def test_sampler_equals_python(builds):
     libm.expf.restype, libm.expf.argtypes = ctypes.c_float, [ctypes.c_float]
     rng = np.random.default_rng(0)
     kinds = {"peaked": 4 * rng.standard_normal(200), "flat": np.zeros(200),
-             "ties": np.repeat([1.0, 3.0, 2.0], 30), "two": np.array([0.5, 0.25]), "one": np.array([1.0])}
+             "many": rng.standard_normal(3000).round(2), "ties": np.repeat([1.0, 3.0, 2.0], 30),
+             "two": np.array([0.5, 0.25]), "one": np.array([1.0])}
     cases = [(logits.astype(np.float32), temperature, topp, seed)
              for logits in kinds.values() for temperature in (0, 0.5, 1, 1.7)
              for topp in (0, 0.001, 0.1, 0.5, 0.9, 0.999, 1) for seed in (1, 2**63 + 12345)]
