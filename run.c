@@ -682,14 +682,15 @@ BOTHI(high_avx2(Q_avx2 x), _mm256_and_si256(_mm256_srli_epi16(x.a, 4), _mm256_se
       _mm256_and_si256(_mm256_srli_epi16(x.b, 4), _mm256_set1_epi8(15)))
 BOTHI(seti_avx2(int32_t x), _mm256_set1_epi32(x), _mm256_set1_epi32(x))
 BOTHI(addi_avx2(I_avx2 x, I_avx2 y), _mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b))
-// unsigned times signed, neighbours added: |x| and |w| are at most 127, so that two products fit in an int16
+// unsigned times signed, neighbours added: two products of at most 127 (x) and 128 (w) fit in an int16
 AVX2 __m256i pairs_avx2(__m256i u, __m256i s) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
 }
 AVX2 I_avx2 dot8_avx2(I_avx2 sum, Q_avx2 w, const int8_t *p) {
-    __m256i x = _mm256_set1_epi32(i32_at((const unsigned char *)p)), size = _mm256_abs_epi8(x);
-    sum.a = _mm256_add_epi32(sum.a, pairs_avx2(size, _mm256_sign_epi8(w.a, x)));
-    sum.b = _mm256_add_epi32(sum.b, pairs_avx2(size, _mm256_sign_epi8(w.b, x)));
+    // x takes the sign of w, not w that of x: a file may hold -128, and there is no int8 128
+    __m256i x = _mm256_set1_epi32(i32_at((const unsigned char *)p));
+    sum.a = _mm256_add_epi32(sum.a, pairs_avx2(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a)));
+    sum.b = _mm256_add_epi32(sum.b, pairs_avx2(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b)));
     return sum;
 }
 AVX2 I_avx2 dot4_avx2(I_avx2 sum, Q_avx2 w, const int8_t *p) {

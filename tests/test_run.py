@@ -467,6 +467,21 @@ def test_every_instruction_set_and_thread_count(builds, tmp_path, tokenizer, ver
             assert together == b"".join(alone)
 
 
+def test_int8_of_minus_128(builds, tmp_path, tokenizer):
+    """export.py writes none, but a file may hold it: it has no opposite, and all kernels agree on it."""
+    s = Shape()
+    data = bytearray(model_bytes(s, random_weights(s), 2, 16))
+    wq = 256 + 4 * s.dim * (2 * s.n_layers + 1) + s.vocab_size * (s.dim + 4 * s.dim // 16)
+    data[wq:wq + s.dim * s.dim:2] = b"\x80" * (s.dim * s.dim // 2)
+    path = tmp_path / "model.bin"
+    path.write_bytes(data)
+    args = path, "-z", tokenizer, "-i", "a dog", "--logits", "--kernels"
+    logits = {k: np.array(run_ok(builds.checked, *args, k).split(), float)
+              for k in kernels_of(builds.checked)}
+    for kernels in logits:
+        np.testing.assert_allclose(logits[kernels], logits["plain"], atol=0.05, rtol=0)
+
+
 def test_a_model_too_large_to_be_copied(builds, tmp_path):
     """fp32 weights of more than 8 MB are read in place, by rows."""
     s = Shape(dim=132, hidden_dim=50, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=17000)
