@@ -1291,7 +1291,7 @@ static void set_place(Model *m, Tensor *t, void *context) {
 }
 
 // Gives back the memory of a part of a mapped file that has been read; it is still there to be read again.
-static void forget(const File *file, const unsigned char *from, const unsigned char *to) {
+static void give_back(const File *file, const unsigned char *from, const unsigned char *to) {
 #ifndef _WIN32
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     const uintptr_t start = ((uintptr_t)from + page - 1) / page * page, end = (uintptr_t)to / page * page;
@@ -1306,7 +1306,7 @@ static void pack_share(Model *m, Tensor *t, void *context) {
     share(t->rows, LANES, *(int *)context, m->pool->n, &from, &to);
     pack(t, t->bits == 32 ? 0 : m->kernels->flip, from / LANES, (to + LANES - 1) / LANES);
     const size_t cols = (size_t)t->cols;
-    if (t->q) forget(&m->file, t->q + (size_t)from * cols, t->q + (size_t)to * cols);
+    if (t->q) give_back(&m->file, t->q + (size_t)from * cols, t->q + (size_t)to * cols);
 }
 
 static void pack_thread(void *context, int thread) {

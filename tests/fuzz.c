@@ -84,8 +84,8 @@ static void forget(void *p) {
 }
 
 static void *fuzz_malloc(size_t n) { return n <= MAX_BLOCK ? keep(malloc(n)) : NULL; }
-static void *fuzz_calloc(size_t n, size_t size) {
-    return size && n <= MAX_BLOCK / size ? keep(calloc(n, size)) : NULL;
+static void *fuzz_aligned_alloc(size_t unit, size_t n) {
+    return n <= MAX_BLOCK ? keep(aligned_alloc(unit, n)) : NULL;
 }
 static void *fuzz_realloc(void *p, size_t n) {
     if (n > MAX_BLOCK) return NULL;
@@ -215,7 +215,7 @@ static void free_input(unsigned char *data) { free(data); }
 #define putchar(c) fputc(c, output)
 #define getchar() fgetc(input)
 #define malloc fuzz_malloc
-#define calloc fuzz_calloc
+#define aligned_alloc fuzz_aligned_alloc
 #define realloc fuzz_realloc
 #define free fuzz_free
 #define exit fuzz_exit
@@ -224,6 +224,7 @@ static void free_input(unsigned char *data) { free(data); }
 #define stat(name, st) fill_stat(find_file(name), st)
 #define fstat(fd, st) ((void)(fd), fill_stat(opened, st))
 #define mmap(address, n, protection, flags, fd, offset) ((void)(fd), fuzz_map(n))
+#define madvise(address, n, advice) ((void)(address), (void)(n))  // giving back such a file would lose it
 #define munmap(p, n) ((void)(n), fuzz_free(p))
 #define pthread_create fuzz_pthread_create
 #define pthread_cond_wait fuzz_pthread_cond_wait
