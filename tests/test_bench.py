@@ -5,8 +5,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import bench
 import pytest
+
+import bench
 
 ROOT = Path(__file__).parent.parent
 TINY = {"tiny": (32, 2, 4, 2, 300, 48, 64)}  # a context shorter than the usual prompt
