@@ -64,6 +64,7 @@ enum { UNK = 0, BOS = 1, EOS = 2 };   // the ids of Llama's special tokens
 enum { LANES = 16 };                  // floats in a vector, and rows of a matrix in a band
 enum { BAND = 64 };                   // bytes of a vector: for each row of a band a float, or 4 int8
 enum { GROUP4 = 32 };                 // 4-bit values that share a scale
+enum { MANY = 64 };                   // rows of input from which on fp32 weights are worth reordering
 
 // ---------------------------------------------------------------------------------------------------------
 // Structs
@@ -143,6 +144,8 @@ typedef struct {
     float *q;            // (rows, n_heads, head_size)
     float *k, *v;        // (rows, n_kv_heads, head_size)
     float *scores;       // (threads, MAX_QUERIES, room)
+    float *scratch;      // (threads, scratch_size) two bands of fp32 weights
+    size_t scratch_size;
     float *logits;       // (logit_rows, vocab_width)
     int logit_rows;
     size_t vocab_width;  // vocab_size rounded up to LANES
@@ -163,7 +166,8 @@ typedef struct {      // one instruction set's; see there
     void (*softmax)(float *x, int n);
     void (*rmsnorm)(float *out, const float *x, const float *weight, int n, float eps);
     void (*quantize)(Activation *x, int row, int cols, int group, int bits);
-    void (*matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to);
+    void (*matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to,
+                   float *scratch);
     void (*swiglu)(float *gate, const float *up, int n);
     void (*attend)(int n, const Query *queries, const float *keys, const float *values, size_t room, int size,
                    float *scores);
@@ -857,18 +861,22 @@ NEON halves_neon(const unsigned char *p) {
 
 #define ISA plain
 #define TILE 1
+#define TILE_F32 1
 #include "run.c"
 #if defined(__x86_64__) && defined(__GNUC__)
     #define ISA avx2
     #define TILE 2
-        #include "run.c"
+    #define TILE_F32 1
+    #include "run.c"
     #define ISA avx512
     #define TILE 8
+    #define TILE_F32 4
     #include "run.c"
 #elif defined(__aarch64__) && defined(__GNUC__)
     #define ISA neon
     #define TILE 2
-        #include "run.c"
+    #define TILE_F32 1
+    #include "run.c"
 #endif
 
 static const Kernels *const all_kernels[] = {  // the fastest first
@@ -1117,7 +1125,7 @@ static void free_activation(Activation *a) {
 }
 
 static void free_state(RunState *s, int threads) {
-    void *buffers[] = {s->x, s->add, s->hb2, s->q, s->k, s->v, s->scores, s->logits, s->rope};
+    void *buffers[] = {s->x, s->add, s->hb2, s->q, s->k, s->v, s->scores, s->scratch, s->logits, s->rope};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     free_activation(&s->xb);
     free_activation(&s->hb);
@@ -1144,6 +1152,8 @@ static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
         for (int t = 0; t < m->pool->size; t++) {
             s->own[t] = activation(c, 1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
         }
+        s->scratch_size = 2 * LANES * (size_t)(c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
+        s->scratch = rows > 1 && c->bits == 32 && !m->packed ? floats(m->pool->size, s->scratch_size) : NULL;
         s->add = floats(rows, c->dim);
         s->hb2 = floats(rows, c->hidden_dim);
         s->q = floats(rows, c->dim);
@@ -1222,7 +1232,12 @@ static void load_model(Model *m, const char *path, const Kernels *kernels) {
 
 // Matrices are read by bands of LANES rows: vector after vector, each with 4 bytes of every row (a float, or 4
 // int8), so that the sums of LANES rows grow side by side and no vector is ever added up. The file has int8 and
-// fp32 weights by rows: these are copied into bands when the program starts.
+// fp32 weights by rows: these are copied into bands when the program starts, fp32 only of models that are not large;
+// of larger ones the copy would take more time than it saves.
+#ifndef PACKED_FP32
+    #define PACKED_FP32 (128 << 20)  // bytes of a model file
+#endif
+
 static void pack(Tensor *t, unsigned char flip, int from_band, int to_band) {
     const bool fp32 = t->bits == 32;
     const unsigned char *source = fp32 ? (const unsigned char *)t->f : t->q;
@@ -1303,7 +1318,7 @@ static void pack_thread(void *context, int thread) {
 
 static void pack_model(Model *m) {
     size_t bytes = 0;
-    if (m->config.bits == 4) return;
+    if (m->config.bits == 4 || (m->config.bits == 32 && m->file.size > (size_t)PACKED_FP32)) return;
     each_matrix(m, add_size, &bytes);
     m->packed = allocate(bytes, 1, 1, "the weights");
     unsigned char *at = m->packed;
@@ -1412,13 +1427,19 @@ static void attention(Model *m, int thread, int layer) {
     }
 }
 
+static void multiply(Model *m, int thread, const Tensor *w, const Activation *x, int n, float *out, size_t ldo,
+                     int from, int to) {
+    float *scratch = m->state.scratch ? m->state.scratch + (size_t)thread * m->state.scratch_size : NULL;
+    m->kernels->matmul(w, x, n, out, ldo, from, to, scratch);
+}
+
 // This thread's rows of x += w @ input
 static void add_matmul(Model *m, int thread, const Tensor *w, const Activation *input) {
     RunState *s = &m->state;
     const int dim = m->config.dim;
     int from, to;
     share(dim, LANES, thread, m->pool->n, &from, &to);
-    m->kernels->matmul(w, input, m->n_rows, s->add, dim, from, to);
+    multiply(m, thread, w, input, m->n_rows, s->add, dim, from, to);
     for (int b = 0; b < m->n_rows; b++) {
         float *x = s->x + (size_t)b * dim;
         const float *add = s->add + (size_t)b * dim;
@@ -1436,10 +1457,10 @@ static void run_layer(Model *m, int thread, int layer) {
 
     const Activation *input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_att);
     share(c->dim, LANES, thread, pool->n, &from, &to);
-    m->kernels->matmul(&w->wq, input, n, s->q, c->dim, from, to);
+    multiply(m, thread, &w->wq, input, n, s->q, c->dim, from, to);
     share(c->kv_dim, LANES, thread, pool->n, &from, &to);
-    m->kernels->matmul(&w->wk, input, n, s->k, c->kv_dim, from, to);
-    m->kernels->matmul(&w->wv, input, n, s->v, c->kv_dim, from, to);
+    multiply(m, thread, &w->wk, input, n, s->k, c->kv_dim, from, to);
+    multiply(m, thread, &w->wv, input, n, s->v, c->kv_dim, from, to);
     meet(pool);
     attention(m, thread, layer);
     meet(pool);
@@ -1448,8 +1469,8 @@ static void run_layer(Model *m, int thread, int layer) {
     meet(pool);
     input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_ffn);
     share(c->hidden_dim, LANES, thread, pool->n, &from, &to);
-    m->kernels->matmul(&w->w1, input, n, s->hb.f, s->hb.width, from, to);
-    m->kernels->matmul(&w->w3, input, n, s->hb2, c->hidden_dim, from, to);
+    multiply(m, thread, &w->w1, input, n, s->hb.f, s->hb.width, from, to);
+    multiply(m, thread, &w->w3, input, n, s->hb2, c->hidden_dim, from, to);
     for (int b = 0; b < n; b++) {
         m->kernels->swiglu(s->hb.f + (size_t)b * s->hb.width + from, s->hb2 + (size_t)b * c->hidden_dim + from,
                         to - from);
@@ -1477,7 +1498,7 @@ static void forward_share(void *context, int thread) {
     const float *last = s->x + (size_t)m->first_logits * c->dim;
     const Activation *input = prepare(m, thread, &s->xb, n, c->dim, last, m->weights.rms_final);
     share(c->vocab_size, LANES, thread, m->pool->n, &from, &to);
-    m->kernels->matmul(&m->weights.wcls, input, n, s->logits, s->vocab_width, from, to);
+    multiply(m, thread, &m->weights.wcls, input, n, s->logits, s->vocab_width, from, to);
 }
 
 // Feeds n tokens. Those from first_logits on have logits (vocab_size,) for the token that follows: returns the
@@ -2694,6 +2715,34 @@ HELPER void V(store_band)(float *out, F x, int row, int rows) {
     else V(store_n)(out + row, x, rows - row);
 }
 
+// R rows of fp32 weights, `apart` floats apart, times C rows of x: out[c * ldo + r * step]
+HELPER void V(tile_f32)(const int R, const int C, const float *w, size_t apart, int cols, const float *x,
+                        size_t ldx, float *out, size_t ldo, size_t step) {
+    F sums[4][6], a[4];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
+    int i = 0;
+    for (; i + LANES <= cols; i += LANES) {
+        UNROLL for (int r = 0; r < R; r++) a[r] = V(load)(w + (size_t)r * apart + i);
+        UNROLL for (int c = 0; c < C; c++) {
+            F b = V(load)(x + (size_t)c * ldx + i);
+            UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
+        }
+    }
+    if (i < cols) {
+        UNROLL for (int r = 0; r < R; r++) a[r] = V(load_n)(w + (size_t)r * apart + i, cols - i);
+        UNROLL for (int c = 0; c < C; c++) {
+            F b = V(load)(x + (size_t)c * ldx + i);  // x is padded with zeros
+            UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
+        }
+    }
+    UNROLL for (int c = 0; c < C; c++) {
+        float four[4];
+        if (R == 4) V(sum4)(four, sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
+        else UNROLL for (int r = 0; r < R; r++) four[r] = V(sum)(sums[r][c]);
+        UNROLL for (int r = 0; r < R; r++) out[(size_t)c * ldo + (size_t)r * step] = four[r];
+    }
+}
+
 // Rows of R bands of int8 or 4-bit weights, `apart` bands apart, times C rows of x. The whole numbers of a group
 // are summed exactly, in S sums (more than one where there would be too few to keep the machine busy), then
 // scaled: the result is the same to the last bit for every instruction set.
@@ -2755,7 +2804,6 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
     for (size_t i = 0; i < cols; i++) {
         F a[4];
         UNROLL for (int r = 0; r < R; r++) a[r] = V(load)(values + ((size_t)r * apart * cols + i) * LANES);
-        if (C > 1) PREFETCH(values + (cols + i) * LANES);
         UNROLL for (int c = 0; c < C; c++) {
             F b = V(set1)(in[(size_t)c * x->width + i]);
             UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
@@ -2763,6 +2811,24 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {
         V(store_band)(out + (size_t)(row + c) * ldo, sums[r][c], (int)(band + (size_t)r * apart) * LANES, w->rows);
+    }
+}
+
+// fp32 weights by rows times many rows of x: they are turned into bands, two at a time, which pays.
+KERNEL void V(matmul_many)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, size_t band,
+                           size_t bands, float *scratch) {
+    const size_t cols = (size_t)w->cols;
+    for (size_t end = band + bands; band < end; band += 2) {
+        const bool two = band + 1 < end;
+        for (size_t r = 0; r < (two ? 2 : 1) * LANES; r++) {
+            const size_t row = band * LANES + r;
+            float *to = scratch + r / LANES * LANES * cols + r % LANES;
+            for (size_t i = 0; i < cols; i++) to[i * LANES] = row < (size_t)w->rows ? w->f[row * cols + i] : 0.0f;
+        }
+        int b = 0;
+        for (; two && b + TILE <= n; b += TILE) V(tile_bands)(2, TILE, scratch, w, band, 1, x, b, out, ldo);
+        for (; two && b < n; b++) V(tile_bands)(2, 1, scratch, w, band, 1, x, b, out, ldo);
+        for (; b < n; b++) V(tile_bands)(1, 1, scratch, w, band, 1, x, b, out, ldo);
     }
 }
 
@@ -2776,11 +2842,38 @@ HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t band, size
 }
 
 // Rows from..to of w (rows, cols) times the n rows of x (n, cols): out[b * ldo + row]. All the model's weights
-// are read here. from and to are multiples of LANES, but for the last row. Four bands are taken at once, a quarter
-// of all apart: memory gives four streams faster than one.
-KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to) {
+// are read here. from and to are multiples of LANES, but for the last row. Four bands, or rows where the file's
+// are used, are taken at once, a quarter of all apart: memory gives four streams faster than one.
+KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to,
+                      float *scratch) {
     const size_t first = (size_t)from / LANES, bands = round_up((size_t)to, LANES) / LANES - first;
     int b = 0;
+    if (!w->values && n >= MANY) {
+        V(matmul_many)(w, x, n, out, ldo, first, bands, scratch);
+        return;
+    }
+    if (!w->values) {
+        const size_t cols = (size_t)w->cols, quarter = (size_t)(to - from) / 4;
+        for (size_t r = (size_t)from; r < (size_t)to; r++) {
+            const bool four = r < (size_t)from + quarter;
+            if (r == (size_t)from + quarter) r += 3 * quarter;
+            if (r == (size_t)to) break;
+            const float *p = w->f + r * cols;
+            for (b = 0; four && b + TILE_F32 <= n; b += TILE_F32) {
+                V(tile_f32)(4, TILE_F32, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
+                            out + (size_t)b * ldo + r, ldo, quarter);
+            }
+            for (; four && b < n; b++) {
+                V(tile_f32)(4, 1, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
+                            out + (size_t)b * ldo + r, ldo, quarter);
+            }
+            for (; b < n; b++) {
+                V(tile_f32)(1, 1, p, 0, w->cols, x->f + (size_t)b * x->width, x->width,
+                            out + (size_t)b * ldo + r, ldo, 0);
+            }
+        }
+        return;
+    }
     const size_t quarter = bands / 4;
     for (size_t i = first; TILE > 1 && i < first + bands; i++) {
         for (b = 0; b + TILE <= n; b += TILE) V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
@@ -2910,5 +3003,6 @@ static const Kernels V(kernels) = {
 #undef HELPER
 #undef I
 #undef TILE
+#undef TILE_F32
 #undef ISA
 #endif  // ISA

@@ -87,6 +87,7 @@ class Builds:
     fast: Path       # -O2
     checked: Path    # -O1 with ASan and UBSan
     harness: Path    # HARNESS, with ASan and UBSan
+    in_place: Path   # -O1; fp32 weights are read where they are in the file, as those of large models
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +109,7 @@ def builds(tmp_path_factory):
         "run_checked": [*common, *checks, str(ROOT / "run.c")],
         "harness": [*common, "-Wno-unused-function", *checks, str(out / "harness.c")],
     }
+    jobs["in_place"] = [*common, "-Werror", "-DSMALL", "-DPACKED_FP32=0", "-O1", str(ROOT / "run.c")]
     running = [
         subprocess.Popen([*cmd, "-o", str(out / name), "-lm", "-lpthread"], stderr=subprocess.PIPE, text=True)
         for name, cmd in jobs.items()
@@ -115,7 +117,7 @@ def builds(tmp_path_factory):
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    return Builds(out / "run", out / "run_checked", out / "harness")
+    return Builds(out / "run", out / "run_checked", out / "harness", out / "in_place")
 
 
 def run(binary, *args, stdin=b"", cwd=None, env=ENV):
@@ -482,20 +484,24 @@ def test_int8_of_minus_128(builds, tmp_path, tokenizer):
         np.testing.assert_allclose(logits[kernels], logits["plain"], atol=0.05, rtol=0)
 
 
-def test_ragged_rows_and_columns(builds, tmp_path):
-    """Neither rows nor columns fill whole vectors."""
-    s = Shape(dim=132, hidden_dim=50, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=1701)
+@pytest.mark.parametrize("text", ["a dog", "The quick brown fox jumps over the lazy dog. " * 2])
+@pytest.mark.parametrize("binary", ["checked", "in_place"])
+def test_ragged_rows_and_columns(builds, tmp_path, binary, text):
+    """Neither rows nor columns fill whole vectors; of large fp32 models, the file's own weights are read."""
+    s = Shape(dim=132, hidden_dim=50, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=1701, seq_len=128)
     w = random_weights(s)
     path, tokenizer = tmp_path / "model.bin", tmp_path / "tok.bin"
     path.write_bytes(model_bytes(s, w))
     tokenizer.write_bytes(tokenizer_of(s.vocab_size))
-    ids, logits = logits_of(builds.checked, path, tokenizer, "a dog")
-    np.testing.assert_allclose(logits, reference_logits(s, w, ids), atol=1e-4, rtol=0)
-    args = path, "-z", tokenizer, "-i", "a dog", "--logits", "-j", 3
-    for kernels in kernels_of(builds.fast):
-        out = run_ok(builds.fast, *args, "--kernels", kernels)
-        other = np.array([list(map(float, line.split())) for line in out.splitlines()])
-        np.testing.assert_allclose(other, logits, atol=1e-4, rtol=0)
+    binary = getattr(builds, binary)
+    ids = list(map(int, run_ok(binary, path, "-z", tokenizer, "-i", text, "--tokens").split()))
+    expected = reference_logits(s, w, ids)
+    args = path, "-z", tokenizer, "-i", text, "--logits"
+    for kernels in kernels_of(binary):
+        for threads in (1, 3):
+            out = run_ok(binary, *args, "--kernels", kernels, "-j", threads)
+            logits = np.array([list(map(float, line.split())) for line in out.splitlines()])
+            np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
 def test_int8_with_empty_groups(builds, tmp_path, tokenizer):
