@@ -189,24 +189,39 @@ typedef struct {      // text by length: it may hold NUL bytes
 // ---------------------------------------------------------------------------------------------------------
 // Errors, memory, files
 
-// One line "run: SUBJECT: what is wrong" and exit code 1. The subject is a file or an option.
-#if defined(__MINGW32__)
-__attribute__((format(gnu_printf, 2, 3)))
-#elif defined(__GNUC__)
-__attribute__((format(printf, 2, 3)))
-#endif
-static _Noreturn void die(const char *subject, const char *format, ...) {
+// One line "run: SUBJECT: what is wrong" on stderr. The subject is a file or an option.
+static void say(const char *subject, const char *format, va_list args) {
     char line[2048];
-    va_list args;
     int n = snprintf(line, sizeof line, "run: %.900s%s", subject, *subject ? ": " : "");
-    va_start(args, format);
     if (n >= 0 && (size_t)n < sizeof line) vsnprintf(line + n, sizeof line - (size_t)n, format, args);
-    va_end(args);
     for (char *c = line; *c; c++) {  // names come from the user: keep it one line, and no terminal escapes
         if ((unsigned char)*c < 32 || *c == 127) *c = '?';
     }
     fflush(stdout);  // what was said before stays before
     fprintf(stderr, "%s\n", line);
+}
+
+#if defined(__MINGW32__)
+    #define PRINTF __attribute__((format(gnu_printf, 2, 3)))
+#elif defined(__GNUC__)
+    #define PRINTF __attribute__((format(printf, 2, 3)))
+#else
+    #define PRINTF
+#endif
+
+PRINTF static void warn(const char *subject, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    say(subject, format, args);
+    va_end(args);
+}
+
+// Exit code 1
+PRINTF static _Noreturn void die(const char *subject, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    say(subject, format, args);
+    va_end(args);
     exit(EXIT_FAILURE);
 }
 
@@ -1064,7 +1079,8 @@ static int read_header(Walk *f, Config *c) {
     *c = (Config){
         .dim = i32_at(ints), .hidden_dim = i32_at(ints + 4), .n_layers = i32_at(ints + 8),
         .n_heads = i32_at(ints + 12), .n_kv_heads = i32_at(ints + 16), .vocab_size = vocab_size,
-        .seq_len = i32_at(ints + 24), .shared_classifier = true, .bits = 32, .rope_theta = 10000.0f, .norm_eps = 1e-5f,
+        .seq_len = i32_at(ints + 24), .shared_classifier = true, .bits = 32,
+        .rope_theta = 10000.0f, .norm_eps = 1e-5f,
     };
     if (version == 0) {
         f->at = V0_HEADER;
@@ -1256,8 +1272,8 @@ static void pack(Tensor *t, unsigned char flip, int from_band, int to_band) {
                 memcpy(out, &four, 4);
             }
             if (fp32) continue;
-            unsigned char *scale = (unsigned char *)(uintptr_t)t->scales + ((band * t->groups + g) * LANES + lane) * 4;
-            memcpy(scale, t->scale + ((size_t)row * t->groups + g) * 4, 4);
+            unsigned char *scales = (unsigned char *)(uintptr_t)t->scales;
+            memcpy(scales + ((band * t->groups + g) * LANES + lane) * 4, t->scale + ((size_t)row * t->groups + g) * 4, 4);
         }
     }
 }
@@ -2084,8 +2100,9 @@ static void sample_share(void *context, int thread) {
     int from, to;
     share(job->n, 1, thread, s->model.pool->n, &from, &to);
     for (int i = from; i < to; i++) {
+        Candidate *candidates = s->candidates + (size_t)thread * 2 * (size_t)s->sampler.n;
         job->stories[i]->next = sample(&s->sampler, s->model.state.logits + (size_t)i * s->model.state.vocab_width,
-                                       &job->stories[i]->rng, s->candidates + (size_t)thread * 2 * (size_t)s->sampler.n);
+                                       &job->stories[i]->rng, candidates);
     }
 }
 
@@ -2537,8 +2554,8 @@ static void warn_of_wrong_tokenizer(const Session *s) {
     char likely[64] = "data/tokenizer.bin";
     if (s->tokenizer.size == vocab_size) return;
     if (vocab_size != 32000) snprintf(likely, sizeof likely, "data/tok%d.bin", vocab_size);
-    fprintf(stderr, "run: warning: %s holds %d tokens, but the model's vocabulary has %d: try -z %s\n",
-            s->tokenizer.path, s->tokenizer.size, vocab_size, likely);
+    warn("warning", "%s holds %d tokens, but the model's vocabulary has %d: try -z %s", s->tokenizer.path,
+         s->tokenizer.size, vocab_size, likely);
 }
 
 static Text read_prompt(const Options *o) {
@@ -2928,8 +2945,8 @@ HELPER void V(mix)(const int N, const int E, const Query *queries, const float *
 
 // N query heads over the positions of one key/value head: keys and values (blocks, size, LANES). D vectors of
 // positions, then E of dimensions, are worked on at once. scores (N, room)
-HELPER void V(attend_n)(const int N, const int D, const int E, const Query *queries, const float *keys, const float *values,
-                        size_t room, int size, float *scores) {
+HELPER void V(attend_n)(const int N, const int D, const int E, const Query *queries, const float *keys,
+                        const float *values, size_t room, int size, float *scores) {
     int last = 0;
     for (int j = 0; j < N; j++) last = queries[j].pos > last ? queries[j].pos : last;
     const int blocks = (int)round_up((size_t)last + 1, LANES);
