@@ -230,6 +230,8 @@ static bool mul_overflows(size_t a, size_t b, size_t *product) {
     return b != 0 && a > SIZE_MAX / b;
 }
 
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
 enum { CACHE_LINE = 64, HUGE_PAGE = 2 << 20 };
 
 // Zeroed memory for a * b elements, from the start of a cache line on, as a vector that lies in two takes two reads;
@@ -240,7 +242,7 @@ static void *allocate(size_t a, size_t b, size_t element, const char *what) {
     void *p = NULL;
     if (!overflows && bytes < PTRDIFF_MAX - HUGE_PAGE) {
         const size_t unit = bytes < HUGE_PAGE / 2 ? CACHE_LINE : HUGE_PAGE;
-        bytes = bytes ? (bytes + unit - 1) / unit * unit : unit;
+        bytes = bytes ? round_up(bytes, unit) : unit;
 #ifdef _WIN32
         p = malloc(bytes);  // what is aligned there cannot be freed by free
 #else
@@ -303,7 +305,12 @@ static File open_file(const char *path, const char *hint) {
     return file;
 }
 
-static void close_file(File *file);
+static void close_file(File *file) {
+#ifndef _WIN32
+    if (file->mapped) munmap((void *)(uintptr_t)file->data, file->size);
+#endif
+    if (!file->mapped) free((void *)(uintptr_t)file->data);
+}
 
 // The text in a file, or on stdin, if the path is "-".
 static Text read_text(const char *path) {
@@ -324,13 +331,6 @@ static char *find_bytes(char *from, const char *to, const char *what) {
         if (!memcmp(from, what, n)) return from;
     }
     return NULL;
-}
-
-static void close_file(File *file) {
-#ifndef _WIN32
-    if (file->mapped) munmap((void *)(uintptr_t)file->data, file->size);
-#endif
-    if (!file->mapped) free((void *)(uintptr_t)file->data);
 }
 
 static void check_stdout(void) {
@@ -361,8 +361,6 @@ static float f16_at(const unsigned char *p) {  // a half float, by moving its bi
     if ((half & 0x7C00) == 0x7C00) v = NAN;  // no weight has such a scale
     return half & 0x8000 ? -v : v;
 }
-
-static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 // ---------------------------------------------------------------------------------------------------------
 // Threads: all of them run the same forward pass, each its share of the rows, and meet at barriers
@@ -2156,6 +2154,8 @@ static void generate(Session *s, const Text *prompt, int count, uint64_t seed, S
     Story *stories = allocate(count, 1, sizeof(Story), "stories"), *active[MAX_ROWS];
     Row rows[MAX_ROWS];
     int begun = 0, shown = 0, n = 0;
+    // from MANY rows on, weights that are read in place are summed in another order than for a story alone
+    const int most = m->packed || m->config.bits == 4 ? MAX_ROWS : MANY - 1;
     Memory memory = {0};
 
     double start = now();
@@ -2165,7 +2165,7 @@ static void generate(Session *s, const Text *prompt, int count, uint64_t seed, S
     memcpy(prompt_logits, logits, (size_t)m->config.vocab_size * sizeof(float));
     Story source = {.memory = memory};
     for (;;) {
-        while (n < MAX_ROWS && begun < count) {
+        while (n < most && begun < count) {
             Story *story = &stories[begun];
             begin_story(s, story, &t, seed + (uint64_t)begun, count > 1 ? &source : NULL, prompt_logits);
             if (count == 1) story->memory = memory;

@@ -504,6 +504,16 @@ def test_ragged_rows_and_columns(builds, tmp_path, binary, text):
             np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
+def test_many_stories_of_a_large_model(builds, tmp_path, tokenizer):
+    """More stories than are told at once: each is what it would be alone."""
+    s = Shape(dim=48, n_layers=1)
+    path = tmp_path / "model.bin"
+    path.write_bytes(model_bytes(s, random_weights(s)))
+    args = builds.in_place, path, "-z", tokenizer, "-n", 20, "-p", 1, "-j", 1
+    alone = [run_ok(*args, "-s", seed) for seed in range(1, 101)]
+    assert run_ok(*args, "-s", 1, "-b", 100) == b"".join(alone)
+
+
 def test_int8_with_empty_groups(builds, tmp_path, tokenizer):
     """Groups of zeros, or too small to have a scale, divide nothing by zero."""
     s = Shape()
