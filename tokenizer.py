@@ -7,11 +7,12 @@ Llama 2. Its `.bin` holds the same pieces for run.c, little-endian: uint32 longe
 per id a float32 score, a uint32 length and the bytes of the piece.
 
 Not for: training a vocabulary (tinystories.py), Hugging Face's tokenizer.json, chat templates.
-This file also keeps what the command lines of this project share: `atomic_write` and `CommandLine`.
+This file also keeps what the command lines of this project share: `atomic_write`, `lock` and `CommandLine`.
 """
 
 import argparse
 import difflib
+import errno
 import glob
 import hashlib
 import os
@@ -21,8 +22,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import IO
 
 from sentencepiece import SentencePieceProcessor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 SPACE = "\u2581"  # how sentencepiece spells a space inside a piece
 
@@ -52,6 +61,35 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator:
         raise
     finally:
         _remove(tmp)
+
+
+def lock(folder: str, name: str = ".lock", other: str = "another folder") -> IO | None:
+    """Claim `folder` for this process as long as it lives: keep what is returned. None if it can't be locked.
+
+    The system drops the lock of a process that dies, so a lock file left behind (it names host and process)
+    stands in nobody's way. Raises SystemExit if another process, of whatever host, has the lock.
+    """
+    path = os.path.join(folder, name)
+    f = open(path, "a+", encoding="utf-8")
+    try:
+        if fcntl:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: children would inherit that
+        else:
+            f.seek(1 << 30)  # there, the locked byte could not be read
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # a file system that knows no locks
+            print(f"warning: cannot lock {path} ({e.strerror}): use {folder} from one run only",
+                  file=sys.stderr)
+            return None
+        f.seek(0)
+        owner = f.read(200).strip() or "another process"
+        raise SystemExit(f"{folder} is in use by {owner}; wait until it ends, stop it, or choose {other}"
+                         ) from None
+    f.truncate(0)
+    f.write(f"process {os.getpid()} on {platform.node()}\n")
+    f.flush()
+    return f
 
 
 def _alive(pid: str) -> bool:
