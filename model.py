@@ -577,7 +577,8 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 def shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Weights and moments under flat names; tied weights come once."""
-    return {f"model/{name}": p.detach() for name, p in model.named_parameters()} | moments(optimizer)
+    weights = model.state_dict()  # which also makes sure that they are split just now
+    return {f"model/{name}": weights[name] for name, _ in model.named_parameters()} | moments(optimizer)
 
 
 def save_sharded(path: str, tensors: dict[str, torch.Tensor], rest: dict) -> None:
@@ -684,6 +685,8 @@ def load_sharded(path: str | os.PathLike, lazily: bool = False) -> dict:
             index, _, key = name.partition("/")
             moments.setdefault(int(index), {})[key] = tensor
     rest["optimizer"] = rest["optimizer"] | {"state": moments}
+    if rest["model_args"]["tie_embeddings"]:
+        rest["model"]["output.weight"] = rest["model"]["tok_embeddings.weight"]
     return rest
 
 

@@ -27,14 +27,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (
+    SHARDED,
     ModelArgs,
     Transformer,
     decode,
-    load_checkpoint,
+    fill_shards,
     model_from_checkpoint,
+    newest_state,
+    numbered,
     opt,
     sample,
     save_checkpoint,
+    save_state,
+    shards,
 )
 
 ROLLOUT_ROWS = 200  # episodes decoded together on a CPU core
@@ -521,9 +526,16 @@ class PPO:
         self.prompts, self.eval_prompts = prompts, eval_prompts
         path = os.path.join(cfg.out_dir, "ckpt.pt")
         # no dropout: the probability ratio would not be 1 at the start
-        self.reference = model_from_checkpoint(checkpoint, path, dropout=0.0).to(runtime.device).eval()
-        self.reference.requires_grad_(False)
-        self.policy = copy.deepcopy(self.reference)
+        empty = runtime.fsdp and runtime.rank > 0  # there, rank 0's weights arrive in parts
+        self.reference = model_from_checkpoint(checkpoint, path, empty, dropout=0.0)
+        self.reference_hash = runtime.of_first(None if empty else fingerprint(self.reference))
+        if runtime.fsdp:
+            self.policy, self.reference = runtime.split(self.reference), runtime.split(self.reference)
+        else:
+            self.reference.to(runtime.device)
+            self.policy = copy.deepcopy(self.reference)
+        self.reference.requires_grad_(False).eval()
+        self.policy.eval()
         self.args = self.policy.args
         self.names = [n for n, _ in self.policy.named_parameters() if re.search(ppo.train_only, n)]
         if not self.names:
@@ -558,7 +570,7 @@ class PPO:
         self.size = ppo.rollout_size or 8 * cfg.batch_size
         if self.size % ppo.group_size:
             raise SystemExit(f"--group_size={ppo.group_size} must divide the rollout's {self.size} episodes")
-        self.reference_hash = fingerprint(self.reference)
+        self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
 
     # -- collecting
 
@@ -580,13 +592,15 @@ class PPO:
         rows = ROLLOUT_ROWS if runtime.kind == "cpu" else max(1, len(prompts))
         chunks = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
         cap, end_id = self.ppo.max_gen_len, self.tokenizer.bos_id
-        rollouts = runtime.map(lambda c: rollout(self.policy, prompts[c], cap, end_id, u[c]), chunks)
-        rollouts = [vars(r) | {"mask": r.mask, "scores": self.scores(r)} for r in rollouts]
+        with runtime.gathered(self.policy):
+            rollouts = runtime.map(lambda c: rollout(self.policy, prompts[c], cap, end_id, u[c]), chunks)
+            rollouts = [vars(r) | {"mask": r.mask, "scores": self.scores(r)} for r in rollouts]
         batch = join(rollouts) if rollouts else {}
         seconds = time.perf_counter() - began
-        if batch:
-            batch["reference"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
-            batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = self.compare(batch)
+        with runtime.gathered(self.reference), runtime.gathered(self.policy, layers=False):
+            if batch:
+                batch["reference"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
+                batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = self.compare(batch)
         if runtime.world_size > 1:
             batch = join([part for part in runtime.gather(batch) if part])
         batch["seconds"] = torch.tensor(seconds)
@@ -708,15 +722,22 @@ class PPO:
     ) -> torch.Tensor:
         """One optimizer step on episodes, shared by all ranks. loss(part) → (scalar, statistics to add up).
 
-        Returns the statistics; where the first of them exceeds limit (0: none), the step is not made.
+        Returns the statistics; where the first of them exceeds limit (0: none), or the gradient is not
+        finite, the step is not made.
         """
         index = index[batch["end"][index].argsort(stable=True)]  # dealt out so that ranks get like lengths
-        mine = index[self.runtime.rank :: self.runtime.world_size]
-        stats = self.runtime.backward(loss, self.parts(mine, batch), params)
-        stats = self.runtime.reduce(params, stats)
-        self.grad_norm = nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
-        if not (limit and float(stats.flatten()[0]) > limit):
+        runtime, parts = self.runtime, self.parts(index[self.runtime.rank :: self.runtime.world_size], batch)
+        if split := runtime.fsdp and optimizer is self.optimizer:
+            stats = runtime.backward_split(loss, parts, index[:1], self.policy)
+        else:
+            stats = runtime.reduce(params, runtime.backward(loss, parts, params))
+        norm = nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
+        self.grad_norm = norm.full_tensor() if split else norm
+        if not self.grad_norm.isfinite():
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        elif not (limit and float(stats.flatten()[0]) > limit):
             optimizer.step()
+            self.in_a_row = 0
         optimizer.zero_grad(set_to_none=True)
         return stats
 
@@ -762,8 +783,12 @@ class PPO:
         """
         ppo, width = self.ppo, int(batch["end"][part].max()) - 1
         inside = batch["mask"][part, :width]
-        features = self.policy.features(batch["tokens"][part, :width])
-        logps = self.policy.output(features[inside]).float().log_softmax(-1)  # (n, V)
+        if self.runtime.fsdp:  # which works within forward alone
+            features, logits = None, self.policy(batch["tokens"][part, :width])[0][inside]
+        else:
+            features = self.policy.features(batch["tokens"][part, :width])
+            logits = self.policy.output(features[inside])
+        logps = logits.float().log_softmax(-1)  # (n, V)
         chosen = batch["tokens"][part, 1 : width + 1][inside]
         logp, old = logps.gather(-1, chosen[:, None])[:, 0], batch["logp"][part, :width][inside]
         losses, ratio = ppo_loss(logp, old, advantages[part, :width][inside], ppo.clip, ppo.clip_high)
@@ -831,7 +856,8 @@ class PPO:
         if warmup or (self.critic is not None and not self.shared):
             self.fit_critic(ppo.critic_warmup_epochs if warmup else ppo.critic_epochs)
         values["ppo/advantage_deviation"] = float(scale)
-        values |= self.summary([], stopped=False) if warmup else self.improve(batch, advantages, scale)
+        with self.runtime.gathered(self.reference, layers=False):
+            values |= self.summary([], stopped=False) if warmup else self.improve(batch, advantages, scale)
         if ppo.adaptive_kl and not warmup:
             self.beta = adapt(self.beta, values["ppo/kl"], ppo, self.size)
         self.iter_num, self.episodes, self.evaluated = self.iter_num + 1, self.episodes + self.size, False
@@ -843,6 +869,7 @@ class PPO:
             "ppo/seconds": self.seconds,
             "ppo/iteration_seconds": seconds,
             "ppo/rollout_seconds": float(batch["seconds"]),
+            "ppo/skipped": self.skipped,
         }
         return values | {"ppo/tok/s": tokens / seconds, "ppo/rollout_tok/s": tokens / float(batch["seconds"])}
 
@@ -904,10 +931,12 @@ class PPO:
     # -- state
 
     def state(self) -> dict:
+        """What a checkpoint holds; of a split policy without its tensors."""
+        optimizer = self.optimizer.state_dict()
         return {
-            "model": self.policy.state_dict(),
+            "model": {} if self.runtime.fsdp else self.policy.state_dict(),
             "model_args": asdict(self.args),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer | {"state": {}} if self.runtime.fsdp else optimizer,
             "critic": self.critic.state_dict() if self.critic else None,
             "replay": [
                 {key: value.cpu() for key, value in b.items() if key in REPLAYED} for b in self.replay
@@ -919,6 +948,7 @@ class PPO:
             "moments": vars(self.moments),
             "episodes": self.episodes,
             "seconds": self.seconds,
+            "skipped": self.skipped,
             "best_J": self.best,
             "evaluation": self.evaluation,
             "evaluated": self.evaluated,
@@ -936,8 +966,14 @@ class PPO:
         try:
             if state["trained"] != self.names or (state["critic"] is None) != (self.critic is None):
                 raise ValueError("other parts are trained")
-            self.policy.load_state_dict(state["model"])
-            load_moments(self.optimizer, state["optimizer"])
+            if self.runtime.fsdp and path.endswith(SHARDED):
+                fill_shards(path, state, self.policy, self.optimizer)
+            else:
+                self.runtime.load_weights(self.policy, state["model"])
+                moments = state["optimizer"]
+                if self.runtime.fsdp:
+                    moments = self.runtime.split_moments(self.optimizer, moments)
+                load_moments(self.optimizer, moments)
             if self.critic:
                 self.critic.load_state_dict(state["critic"] or {})
         except (RuntimeError, ValueError, KeyError) as e:
@@ -949,23 +985,36 @@ class PPO:
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
         self.moments = RunningMoments(**state["moments"])
-        self.episodes, self.seconds = state["episodes"], state["seconds"]
+        self.episodes, self.seconds, self.skipped = (
+            state["episodes"],
+            state["seconds"],
+            state.get("skipped", 0),
+        )
         self.evaluation, self.evaluated = state["evaluation"], state["evaluated"]
         for saved in state["replay"]:
             batch = {key: value.to(self.runtime.device) for key, value in saved.items()}
             if not self.shared:  # what the reference says to it is quickly made again
-                batch["critic_features"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
+                with self.runtime.gathered(self.reference):
+                    features = self.over_parts(batch, lambda ids: self.reference.features(ids))
+                batch["critic_features"] = features
             self.replay.append(batch)
 
-    def save(self, write_model: Callable[[str, Transformer], None], best: bool) -> None:
-        """Write ppo_ckpt.pt, the newest state; before it, if best, ppo_best.pt and ppo_model.bin."""
-        folder, state = self.cfg.out_dir, self.state()
+    def save(self, write_model: Callable[[str, ModelArgs, dict], None], best: bool) -> None:
+        """Write ppo_ckpt.pt, the newest state (of a split policy ppo_ckpt-ITERATION.dcp); before it, if best,
+        ppo_best.pt and ppo_model.bin. All ranks call it.
+        """
+        folder, runtime, state = self.cfg.out_dir, self.runtime, self.state()
+        path = os.path.join(folder, "ppo_model.bin")
         try:
-            if best or not os.path.exists(os.path.join(folder, "ppo_model.bin")):
-                write_model(os.path.join(folder, "ppo_model.bin"), self.policy)
-                weights = {k: state[k] for k in ("model", "model_args", "iter_num", "config", "best_J")}
-                save_checkpoint(os.path.join(folder, "ppo_best.pt"), weights)
-            save_checkpoint(os.path.join(folder, "ppo_ckpt.pt"), state)
+            if any(runtime.total(runtime.rank == 0 and (best or not os.path.exists(path)))):
+                weights = runtime.whole_weights(self.policy)
+                if runtime.rank == 0:
+                    write_model(path, self.args, weights)
+                    kept = {k: state[k] for k in ("model_args", "iter_num", "config", "best_J")}
+                    save_checkpoint(os.path.join(folder, "ppo_best.pt"), kept | {"model": weights})
+            if runtime.fsdp or runtime.rank == 0:
+                tensors = shards(self.policy, self.optimizer) if runtime.fsdp else None
+                save_state(folder, "ppo_ckpt", state, self.cfg.keep, tensors)
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
             raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
 
@@ -1028,7 +1077,7 @@ def verdict(run: PPO, values: dict[str, float], best: bool) -> str:
     return line + " (best so far)" * best
 
 
-def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transformer], None]) -> None:
+def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArgs, dict], None]) -> None:
     """The loop: evaluate and save when due, stop when asked or done, else iterate. metrics on rank 0 only."""
     cfg, runtime = run.cfg, run.runtime
     while True:
@@ -1042,8 +1091,8 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transfor
                 print(verdict(run, values, best))
                 show_stories(run)
                 metrics.log(run.iter_num, values)
-                if not cfg.eval_only and run.iter_num > run.first:
-                    run.save(write_model, best or cfg.always_save_checkpoint)
+            if not cfg.eval_only and run.iter_num > run.first:
+                run.save(write_model, best or cfg.always_save_checkpoint)
         # whoever was asked tells the others: the ranks stop together
         (asked,) = runtime.total(interrupt.asked)
         if done or asked or cfg.eval_only:
@@ -1052,8 +1101,17 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transfor
         if metrics:
             print(progress(run, values), flush=True)
             metrics.log(run.iter_num, values)
-    if asked and not done and metrics and not cfg.eval_only:
+        if run.in_a_row >= cfg.max_skipped:
+            run.save(write_model, best=False)
+            raise SystemExit(
+                f"{run.in_a_row} steps in a row had a gradient that is not finite: training has diverged. "
+                "The state before them is saved; to go on from it, run the same again with "
+                f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
+            )
+    if asked and not done and not cfg.eval_only:
         run.save(write_model, best=False)
+        if not metrics:
+            return
         again = shlex.join(["python", *sys.argv])
         if runtime.world_size > 1:
             again = "the same torchrun command"
@@ -1093,7 +1151,8 @@ def frontier(scores: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
 def report(out_dir: str) -> str:
     """Draw out_dir/report.png from metrics.jsonl and ppo_ckpt.pt; returns its path."""
     steps, evals = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
-    state = load_checkpoint(os.path.join(out_dir, "ppo_ckpt.pt"))
+    states = [os.path.join(out_dir, "ppo_ckpt.pt"), *numbered(out_dir, "ppo_ckpt")]
+    _, state = newest_state(list(filter(os.path.exists, states)) or states, lazily=True)
     if not steps or "before" not in state.get("evaluation", {}):
         raise SystemExit(
             f"{out_dir} holds no iteration of PPO yet; run: python train.py --out_dir={out_dir} "

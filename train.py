@@ -336,6 +336,22 @@ class Runtime:
                     p.grad = grad if p.grad is None else p.grad.add_(grad)
         return torch.as_tensor(total)
 
+    def backward_split(self, function: Callable, parts: list, spare, model: nn.Module) -> torch.Tensor:
+        """Backward and reduce for a split model's gradients; a rank out of parts works on spare, in vain."""
+        most = torch.tensor(len(parts), device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        total = torch.zeros(())
+        for i in range(int(most)):
+            with self.sync_gradients(model, last=i == int(most) - 1):
+                loss, stats = function(parts[i] if i < len(parts) else spare)
+                if i < len(parts):
+                    total = total + stats
+                # FSDP takes the ranks' mean
+                (loss * (self.world_size if i < len(parts) else 0)).backward()
+        sums = [None] * self.world_size
+        dist.all_gather_object(sums, total.cpu())
+        return sum(sums)
+
     def reduce(self, params: list[nn.Parameter], stats: torch.Tensor) -> torch.Tensor:
         """Replace gradients by their sums over all ranks, and statistics likewise."""
         if self.world_size == 1:
@@ -348,6 +364,14 @@ class Runtime:
         dist.all_gather_object(sums, stats.cpu())
         return sum(sums)
 
+    def of_first(self, value):
+        """Rank 0's value, on all ranks."""
+        if self.alone:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
     def gather(self, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Every rank's tensors, in order of rank, on this rank's device."""
         gathered = [None] * self.world_size
@@ -359,7 +383,6 @@ class Runtime:
 
         The other ranks' model may be without weights, on the meta device; if all are, so is the result.
         """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -380,9 +403,43 @@ class Runtime:
         model.reset_rope()
         model.rope_cos, model.rope_sin = model.rope_cos.to(self.device), model.rope_sin.to(self.device)
         if self.total(any(w.is_meta for w in full.values()))[0] < self.world_size:
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_model_state_dict(model, full if self.rank == 0 else {}, options=options)
+            self.load_weights(model, full)
+        with torch.no_grad():  # FSDP's own preparations, which gathered relies on
+            model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        model.reshard()  # else the root's parameters are still the whole ones
         return model
+
+    def load_weights(self, model: Transformer, weights: dict[str, torch.Tensor]) -> None:
+        """Like load_state_dict; of a split model with rank 0's whole weights."""
+        if not self.fsdp:
+            model.load_state_dict(weights)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights if self.rank == 0 else {}, options=options)
+
+    @contextmanager
+    def gathered(self, model: Transformer, layers: bool = True) -> Iterator[None]:
+        """A split model's weights are whole on every rank in here, of which each may use them as it likes.
+
+        layers: those of the layers too, not only embedding, last norm and classifier.
+        """
+        if not self.fsdp:
+            yield
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        units = [m for m in (model.modules() if layers else [model]) if isinstance(m, FSDPModule)]
+        for unit in units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(unit is not model, recurse=False)  # as fully_shard has it
+                unit.reshard()
 
     def split_moments(self, optimizer: torch.optim.Optimizer, saved: dict) -> dict:
         """An optimizer's state dict with whole moments, those of rank 0 split as the parameters are."""
@@ -740,9 +797,7 @@ class Pretraining:
         self.iter_num, self.best_val_loss = 0, math.inf
         self.loss_sum, self.loss_count = 0.0, 0  # of the training losses since the last evaluation
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
-        self.skipped = self.in_a_row = (
-            0  # steps that were not made, for a loss or gradient that is not finite
-        )
+        self.skipped = self.in_a_row = 0  # steps not made, for a loss or gradient that is not finite
         if cfg.init_from == "resume":
             self.resume(path, checkpoint)
         elif path:
@@ -834,10 +889,8 @@ class Pretraining:
         lr = get_lr(self.cfg, self.iter_num)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        before, parts = (
-            self.batches.state_dict(),
-            (self.train_model, self.optimizer, self.scaler, self.batches),
-        )
+        parts = self.train_model, self.optimizer, self.scaler, self.batches
+        before = self.batches.state_dict()
         try:
             loss, norm = train_step(*parts, self.cfg, self.runtime, self.iter_num)
         except SystemExit:  # damaged data: nothing of what was learned before is lost
@@ -940,14 +993,16 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
 
 def configure_ppo(
     model_given: dict, given: dict, ppo_given: dict
-) -> tuple[TrainConfig, PPOConfig, dict, dict | None]:
-    """Settings, the reference's checkpoint, and the state of a PPO run to go on with, if there is one."""
+) -> tuple[TrainConfig, PPOConfig, dict, str, dict | None]:
+    """Settings, the reference's checkpoint, and path and content of the state of a PPO run to go on with."""
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     path, state_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ppo_ckpt.pt"))
     if given.get("init_from") not in ("resume", "auto"):
         raise SystemExit(f"--ppo fine-tunes {path}; add --init_from=resume")
-    checkpoint = load_checkpoint(path)
-    state = load_checkpoint(state_path) if os.path.exists(state_path) else None
+    split = given.get("fsdp", False)
+    checkpoint = load_checkpoint(path, split)
+    states = [p for p in (state_path, *numbered(out_dir, "ppo_ckpt")) if os.path.exists(p)]
+    state_path, state = newest_state(states, split) if states else ("", None)
     try:
         args = ModelArgs(**checkpoint["model_args"])
         for name, value in model_given.items():
@@ -977,6 +1032,11 @@ def configure_ppo(
     if cfg.dtype not in ("auto", "float32") or cfg.compile == "True":
         raise SystemExit("PPO computes in float32 and without compilation; leave --dtype and --compile out")
     cfg.dtype, cfg.compile = "float32", "False"
+    if cfg.fsdp and ppo.advantage == "gae" and ppo.critic != "reference":
+        raise SystemExit(
+            f"--fsdp does not split --critic={ppo.critic}; take --critic=reference or --advantage=rloo "
+            "--group_size=4"
+        )
     if os.environ.get("RANK", "0") == "0":
         print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
         print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
@@ -992,7 +1052,7 @@ def configure_ppo(
         raise SystemExit(
             f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens"
         )
-    return cfg, ppo, checkpoint, state
+    return cfg, ppo, checkpoint, state_path, state
 
 
 def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: dict, tokenizer):
@@ -1026,7 +1086,7 @@ def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: d
 
 
 def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
-    cfg, ppo, checkpoint, state = configure_ppo(model_given, given, ppo_given)
+    cfg, ppo, checkpoint, state_path, state = configure_ppo(model_given, given, ppo_given)
     runtime = set_up(cfg, ppo=True)
     args = ModelArgs(**checkpoint["model_args"] | {"dropout": 0.0})
     about = {"config": asdict(cfg) | checkpoint.get("config", {}), "model_args": asdict(args)}
@@ -1035,7 +1095,7 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
     prompts, held_out = prompts_for(cfg, ppo, args, checkpoint, tokenizer)
     run = PPO(ppo, cfg, runtime, checkpoint, tokenizer, prompts, held_out)
     if state:
-        run.resume(state, os.path.join(cfg.out_dir, "ppo_ckpt.pt"))
+        run.resume(state, state_path)
     runtime.start_threads(run.policy)
     metrics = None
     if runtime.rank == 0:
