@@ -1005,8 +1005,9 @@ class PPO:
         """
         folder, runtime, state = self.cfg.out_dir, self.runtime, self.state()
         path = os.path.join(folder, "ppo_model.bin")
+        first = any(runtime.total(runtime.rank == 0 and not os.path.exists(path)))
         try:
-            if any(runtime.total(runtime.rank == 0 and (best or not os.path.exists(path)))):
+            if best or first:
                 weights = runtime.whole_weights(self.policy)
                 if runtime.rank == 0:
                     write_model(path, self.args, weights)

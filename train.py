@@ -13,6 +13,7 @@ Not for: preparing data (tinystories.py), models that need to be split over seve
 
 import dataclasses
 import gc
+import hashlib
 import importlib.util
 import json
 import math
@@ -23,6 +24,7 @@ import sys
 import time
 import types
 import typing
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -485,6 +487,23 @@ class Runtime:
         return sums.tolist()
 
 
+def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """torchrun's store, under a prefix that this start's ranks share with no other.
+
+    torchrun keeps its store when it starts ranks again, and with it the addresses of those that died. Each
+    rank here says a word of its own, and what it has heard, until all have heard the same: a rank that died
+    cannot have heard the new words.
+    """
+    store.set(f"word/{rank}", uuid.uuid4().hex)
+    while True:
+        words = b" ".join(store.get(f"word/{r}") for r in range(world_size))
+        heard = hashlib.sha256(words).hexdigest()
+        store.set(f"heard/{rank}", heard)
+        if all(store.get(f"heard/{r}") == heard.encode() for r in range(world_size)):
+            return dist.PrefixStore(heard, store)
+        time.sleep(0.05)
+
+
 def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
     """Pick device, precision and rank; joins the other processes when torchrun started this one."""
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # set by torchrun
@@ -509,7 +528,10 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
     if world_size > 1 or cfg.fsdp:
         if kind == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        rank = int(os.environ["RANK"])
+        store = fresh_store(next(dist.rendezvous("env://"))[0], rank, world_size)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     dtype = cfg.dtype
     if dtype == "auto" and kind == "cuda":  # cards before Ampere know no bfloat16
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -847,9 +869,10 @@ class Pretraining:
         if fsdp:
             moments["state"] = {}
         ckpt = os.path.join(folder, "ckpt.pt")
+        first = any(runtime.total(runtime.rank == 0 and not os.path.exists(ckpt)))
         try:
             # the newest state last: it says that this evaluation is over and done with
-            if any(runtime.total(runtime.rank == 0 and (best or not os.path.exists(ckpt)))):
+            if best or first:
                 weights = runtime.whole_weights(self.raw_model)
                 if runtime.rank == 0:
                     write_model(os.path.join(folder, "model.bin"), self.raw_model.args, weights)

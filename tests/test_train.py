@@ -404,17 +404,17 @@ def test_killed_between_two_files_of_a_save(fit, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def kill(path, checkpoint):
-        if str(path).endswith("last.pt") and checkpoint["iter_num"] == 8:
+    def kill(folder, stem, checkpoint, *more):
+        if checkpoint["iter_num"] == 8:
             raise Killed
-        real(path, checkpoint)
+        real(folder, stem, checkpoint, *more)
 
     fit("whole", "--max_iters=12")
-    real = train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", kill)
+    real = train.save_state
+    monkeypatch.setattr(train, "save_state", kill)
     with pytest.raises(Killed):
         fit("cut", "--max_iters=12")
-    monkeypatch.setattr(train, "save_checkpoint", real)
+    monkeypatch.setattr(train, "save_state", real)
     fit("cut", "--init_from=resume", "--max_iters=12")
     for name in ("ckpt.pt", "last.pt"):
         whole, cut = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "cut"))
