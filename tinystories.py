@@ -55,7 +55,8 @@ CHUNK = 1 << 20  # characters or bytes read at a time
 BATCH = 1 << 18  # characters tokenized at a time
 LONGEST_STORY = 64 << 20  # characters; more without an end means that the format was guessed wrong
 MAX_VOCAB = 65536  # ids are stored as uint16
-META_FORMAT = 1
+BLOCK = 1 << 20  # bytes of a token shard that share a checksum
+META_FORMAT = 2
 
 
 # ---- paths and messages ------------------------------------------------------------------------------
@@ -841,13 +842,24 @@ def shards_done(folder: str, head: dict, sources: list[str]) -> dict[str, dict]:
             with open(os.path.join(folder, name), encoding="utf-8") as f:
                 meta = json.load(f)
             if head.items() <= meta.items():
-                entries |= {entry["source"]: entry for entry in meta["shards"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                entries |= {entry["source"]: entry for entry in meta["shards"] if is_entry(entry)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # missing or damaged: do its shards again
     return {source: entry for source in sources
             if (entry := entries.get(os.path.basename(source)))
-            and source_state(source).items() <= entry.items()
-            and file_size(os.path.join(folder, entry["name"])) == 2 * entry["tokens"]}
+            and source_state(source).items() <= entry.items() and is_whole(folder, entry)}
+
+
+def is_whole(folder: str, entry: dict) -> bool:
+    """Does the shard's file hold what was written? Reads it, at 1 to 3 GB/s."""
+    path = os.path.join(folder, entry["name"])
+    if file_size(path) != 2 * entry["tokens"]:
+        return False
+    sums = BlockSums()
+    with open(path, "rb") as f:
+        while data := f.read(BLOCK):
+            sums.update(data)
+    return sums.hex() == entry["crc32"]
 
 
 def tokenize_shards(sources: list[str], folder: str, model: str,
@@ -887,17 +899,18 @@ def tokenize_shard(source: str, folder: str, model: str) -> dict:
     name = os.path.splitext(os.path.basename(source))[0] + ".bin"
     state = source_state(source)
     stories = tokens = size = 0
-    digest = hashlib.sha256()
+    digest, sums = hashlib.sha256(), BlockSums()
     with atomic_write(os.path.join(folder, name)) as f:
         for batch in batches_of_stories(source):
             packed = encode_stories(tokenizer, batch, source).tobytes()
             f.write(packed)
             digest.update(packed)
+            sums.update(packed)
             stories += len(batch)
             tokens += len(packed) // 2
             size += sum(len(text.encode("utf-8", "replace")) for _, text in batch)
     return {"name": name, "tokens": tokens, "stories": stories, "bytes": size,
-            "sha256": digest.hexdigest(), **state}
+            "sha256": digest.hexdigest(), "crc32": sums.hex(), **state}
 
 
 def batches_of_stories(source: str) -> Iterator[list[tuple[int, str]]]:
@@ -929,31 +942,102 @@ def encode_stories(tokenizer: Tokenizer, stories: list[tuple[int, str]], source:
 
 # ---- TokenBatches ------------------------------------------------------------------------------------
 
+class BlockSums:
+    """CRC-32 of every BLOCK bytes of what is passed in, the last block being what is left."""
+
+    def __init__(self):
+        self._sums, self._crc, self._size = [], 0, 0
+
+    def update(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            part, rest = rest[:BLOCK - self._size], rest[BLOCK - self._size:]
+            self._crc, self._size = zlib.crc32(part, self._crc), self._size + len(part)
+            if self._size == BLOCK:
+                self._sums.append(self._crc)
+                self._crc = self._size = 0
+
+    def hex(self) -> str:
+        """8 digits for each block."""
+        return "".join(f"{crc:08x}" for crc in self._sums + [self._crc] * (self._size > 0))
+
+
+class TokenShard:
+    """A shard's tokens, read from the file by position: nothing is mapped, memory stays flat.
+
+    A block is checked against its checksum when it is first touched, so that no damaged token is ever
+    returned and nobody reads a whole set to know. Raises SystemExit that names the bytes and the command.
+    """
+
+    def __init__(self, folder: str, entry: dict):
+        self.path, self.tokens = os.path.join(folder, entry["name"]), entry["tokens"]
+        self._again = pretokenize_again(folder)
+        self._sums = np.frombuffer(bytes.fromhex(entry["crc32"]), ">u4")
+        self._checked = bytearray(len(self._sums))
+        self._file = open(self.path, "rb", buffering=0)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """At most `count` ids from the one at `start`, fewer at the end of the shard."""
+        count = min(count, self.tokens - start)
+        for block in range(2 * start // BLOCK, -(-2 * (start + count) // BLOCK)):
+            if not self._checked[block]:
+                size = min(BLOCK, 2 * self.tokens - block * BLOCK)
+                if zlib.crc32(self._bytes(block * BLOCK, size)) != self._sums[block]:
+                    self._damaged(block * BLOCK, size, "is damaged")
+                self._checked[block] = 1
+        return np.frombuffer(self._bytes(2 * start, 2 * count), "<u2")
+
+    def _bytes(self, at: int, size: int) -> bytes:
+        self._file.seek(at)
+        data = self._file.read(size)
+        while len(data) < size and (more := self._file.read(size - len(data))):  # a read may bring less
+            data += more
+        if len(data) < size:
+            self._damaged(at, size, "has lost its end")
+        return data
+
+    def _damaged(self, at: int, size: int, what: str):
+        raise SystemExit(f"{self.path} {what}: bytes {at} to {at + size - 1} are not what was written; "
+                         f"{self._again}")
+
+
 class TokenBatches:
     """Batches of (x, y), int64 tensors of shape (batch_size, max_seq_len) where y is x one token later.
 
-    train: endless. The training shards are one ring of N tokens. In epoch e the ring is cut at a random
-    offset into ceil(N / max_seq_len) windows, taken in random order, both from the generator [seed, e]; the
-    last window runs on over the cut. So every token is a target in every epoch, none is lost at the end of a
-    shard, and epochs differ in where they cut. Batches take the next windows, also over the end of an epoch.
+    train: endless. Batch k of all ranks together comes from lane k % lanes. The training shards are one
+    sequence of N tokens, cut into `lanes` regions as equal as can be, and a lane knows nothing but its own: a
+    ring of n tokens. In its epoch e the ring is cut at a random offset into ceil(n / max_seq_len) windows,
+    taken in random order, both from the generator [seed, lane, e]; the last window runs on over the cut. So
+    every token is a target in every epoch of its lane, none is lost at the end of a shard, and epochs differ
+    in where they cut. A lane's batches take its next windows, also over the end of an epoch. Of fewer than
+    `lanes` windows there are as many regions as windows, which lanes share, each in an order of its own.
     val: shard 00 from its start, anew with every iter(); every token but the first is a target once. The
     last window is filled up with x = BOS and y = -1, which the loss ignores, and so are missing rows.
 
-    Batch k of all goes to rank k % world_size: 1 rank with 2 micro-batches sees what 2 ranks with 1 see.
-    Raises SystemExit when the shards are missing or read_meta finds fault with them.
+    Batch k of all goes to rank k % world_size: with as many lanes, 1 rank with 2 micro-batches sees what 2
+    ranks with 1 see, and no token of one rank is read by another.
+    Raises SystemExit when the shards are missing or damaged or read_meta finds fault with them.
     """
 
     def __init__(self, token_dir: str, split: str, batch_size: int, max_seq_len: int, *, seed: int = 0,
-                 rank: int = 0, world_size: int = 1, max_batches: int | None = None):
-        """`max_batches` ends the val split after so many batches of all ranks together."""
-        assert split in ("train", "val") and 0 <= rank < world_size
+                 rank: int = 0, world_size: int = 1, lanes: int | None = None,
+                 max_batches: int | None = None):
+        """`lanes`: the batches that make an iteration, a multiple of world_size (default: world_size);
+        `max_batches` ends the val split after so many batches of all ranks together.
+        """
+        lanes = lanes or world_size
+        assert split in ("train", "val") and 0 <= rank < world_size and lanes % world_size == 0
         self.dir, self.split = token_dir, split
         self.batch_size, self.max_seq_len, self.max_batches = batch_size, max_seq_len, max_batches
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.lanes = seed, rank, world_size, lanes
         meta = read_meta(token_dir)
         self.bos_id: int = meta["bos_id"]
         shards = meta["shards"][1:] if split == "train" else meta["shards"][:1]
-        shards = [shard for shard in shards if shard["tokens"]]  # an empty file cannot be mapped
+        shards = [shard for shard in shards if shard["tokens"]]
         self.num_tokens: int = sum(shard["tokens"] for shard in shards)
         if self.num_tokens < 2:
             raise SystemExit(f"the {split} shards in {token_dir} hold no text; put more stories in: "
@@ -961,11 +1045,10 @@ class TokenBatches:
         self.bytes_per_token: float = sum(shard["bytes"] for shard in shards) / self.num_tokens
         sums = "".join(shard["sha256"] for shard in shards)
         self.fingerprint = int(hashlib.sha256(sums.encode()).hexdigest()[:15], 16)
-        self._shards = [np.memmap(os.path.join(token_dir, shard["name"]), dtype="<u2", mode="r")
-                        for shard in shards]
-        self._ends = np.cumsum([len(tokens) for tokens in self._shards])  # where each ends in the ring
-        self._epoch = (-1, 0, np.empty(0, np.int64))  # number, offset, order of windows
-        self._start = 0  # windows consumed when this state was made or loaded
+        self._shards = [TokenShard(token_dir, shard) for shard in shards]
+        self._ends = list(itertools.accumulate(shard.tokens for shard in self._shards))
+        self._orders: dict[int, tuple] = {}  # of a lane: epoch, offset, order of windows
+        self._epoch, self._start = 0, 0  # of a lane: its epoch, and windows since, when made or loaded
         self._batch = 0  # batches this rank took since
 
     def __iter__(self) -> "TokenBatches":
@@ -976,57 +1059,81 @@ class TokenBatches:
     def __next__(self):
         import torch  # 2.8 s, which only training should pay
 
-        B, T = self.batch_size, self.max_seq_len
+        B, T, N = self.batch_size, self.max_seq_len, self.num_tokens
         k = self._batch * self.world_size + self.rank
-        first = self._start + k * B  # window
-        if self.split == "val" and (first * T >= self.num_tokens - 1
+        if self.split == "val" and (k * B * T >= N - 1
                                     or self.max_batches is not None and k >= self.max_batches):
             raise StopIteration
         self._batch += 1
         rows = np.full((B, T + 1), -1, np.int64)
-        for row, window in zip(rows, range(first, first + B), strict=True):
+        for i, row in enumerate(rows):
             if self.split == "train":
-                self._read(self._train_offset(window), row)
-            elif window * T < self.num_tokens - 1:
-                self._read(window * T, row[:self.num_tokens - window * T])
+                turn, lane = divmod(k, self.lanes)
+                self._read_window(lane, self._start + turn * B + i, row)
+            elif (at := (k * B + i) * T) < N - 1:
+                self._read(at, row[:N - at], 0, N)
         x, y = rows[:, :-1].copy(), rows[:, 1:].copy()
         x[x < 0] = self.bos_id
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def _train_offset(self, window: int) -> int:
-        """Where in the ring a window of the endless sequence starts."""
-        per_epoch = -(-self.num_tokens // self.max_seq_len)
-        epoch, i = divmod(window, per_epoch)
-        if epoch != self._epoch[0]:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch = (epoch, int(rng.integers(self.max_seq_len)), rng.permutation(per_epoch))
-        return (self._epoch[1] + int(self._epoch[2][i]) * self.max_seq_len) % self.num_tokens
+    def _region(self, lane: int, lanes: int) -> tuple[int, int]:
+        """Where the tokens of a lane begin and end."""
+        regions = max(1, min(lanes, self.num_tokens // self.max_seq_len))
+        i = lane % regions
+        return self.num_tokens * i // regions, self.num_tokens * (i + 1) // regions
 
-    def _read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the ring's tokens from `start` on, as many times around as it takes."""
+    def _read_window(self, lane: int, window: int, out: np.ndarray) -> None:
+        """A window of a lane's endless sequence, counted from where it was made or loaded."""
+        start, end = self._region(lane, self.lanes)
+        size, T = end - start, self.max_seq_len
+        epoch, i = divmod(window, -(-size // T))
+        epoch += self._epoch
+        if lane not in self._orders or self._orders[lane][0] != epoch:
+            rng = np.random.default_rng([self.seed, lane, epoch])
+            self._orders[lane] = epoch, int(rng.integers(T)), rng.permutation(-(-size // T))
+        _, offset, order = self._orders[lane]
+        self._read(start + (offset + int(order[i]) * T) % size, out, start, end)
+
+    def _read(self, at: int, out: np.ndarray, start: int, end: int) -> None:
+        """Fill `out` with the tokens from `at` on, in the ring from `start` to `end`, around and around."""
         done = 0
         while done < len(out):
-            shard = bisect_right(self._ends, start)
-            part = self._shards[shard][start - int(self._ends[shard]):][:len(out) - done]  # from its end
+            shard = bisect_right(self._ends, at)
+            in_shard = at - (self._ends[shard] - self._shards[shard].tokens)
+            part = self._shards[shard].read(in_shard, min(len(out) - done, end - at))
             out[done:done + len(part)] = part
             done += len(part)
-            start = (start + len(part)) % self.num_tokens
+            at += len(part)
+            at = start if at == end else at
 
     def state_dict(self) -> dict[str, int]:
-        """Where the data stands: the same on all ranks once each has taken as many batches."""
-        windows = self._start + self._batch * self.world_size * self.batch_size
-        return {"windows": windows, "seed": self.seed, "max_seq_len": self.max_seq_len,
-                "num_tokens": self.num_tokens, "fingerprint": self.fingerprint}
+        """Where the data stands: the same on all ranks, after a whole number of turns of the lanes."""
+        turns, rest = divmod(self._batch * self.world_size, self.lanes)
+        assert not rest
+        return {"epoch": self._epoch, "windows": self._start + turns * self.batch_size, "lanes": self.lanes,
+                "seed": self.seed, "max_seq_len": self.max_seq_len, "num_tokens": self.num_tokens,
+                "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on exactly there, with any batch size and number of ranks. Raises SystemExit for other data."""
+        """Go on exactly there, with any batch size and number of ranks; with other lanes, at the next epoch.
+
+        Raises SystemExit for other data.
+        """
         for key in ("max_seq_len", "num_tokens", "fingerprint"):
             if state[key] != getattr(self, key):
                 raise SystemExit(f"this run was trained on other data than {self.dir} gives now ({key} was "
                                  f"{state[key]}, is {getattr(self, key)}); put it back, or start anew from "
                                  "its weights: python train.py --init_from=CKPT")
-        self.seed, self._start, self._batch = state["seed"], state["windows"], 0
-        self._epoch = (-1, 0, self._epoch[2])
+        self.seed, self._epoch, self._start = state["seed"], state.get("epoch", 0), state["windows"]
+        self._batch, self._orders = 0, {}
+        lanes = state.get("lanes", 1)  # without: of before there were lanes, in another order
+        if "lanes" not in state or lanes != self.lanes:
+            shortest = min(end - start for start, end in (self._region(i, lanes) for i in range(lanes)))
+            self._epoch += -(-self._start // -(-shortest // self.max_seq_len))
+            self._start = 0
+            if self.rank == 0:
+                print(f"the data is dealt out to {self.lanes} micro-batches per iteration, no longer "
+                      f"{lanes}: it goes on with the next epoch, {self._epoch}", file=sys.stderr)
 
 
 class StoryStarts:
@@ -1038,7 +1145,8 @@ class StoryStarts:
     def __init__(self, token_dir: str, split: str):
         data = TokenBatches(token_dir, split, 1, 1)
         self.bos_id, self._shards, self._ends = data.bos_id, data._shards, data._ends
-        if not any((shard == self.bos_id).any() for shard in self._shards):
+        if not any((shard.read(at, CHUNK) == self.bos_id).any()  # the very first, but for a damaged folder
+                   for shard in self._shards for at in range(0, shard.tokens, CHUNK)):
             raise SystemExit(f"no story in {token_dir} begins with BOS (id {self.bos_id}), which ends "
                              "the one before; run pretokenize again")
 
@@ -1047,48 +1155,79 @@ class StoryStarts:
         prompts = []
         for _ in range(count):
             # the story that begins next after a random token
-            shard = bisect_right(self._ends, int(rng.integers(self._ends[-1])))
-            tokens = self._shards[shard]
-            at = int(rng.integers(len(tokens)))
-            while not len(found := np.flatnonzero(tokens[at:at + 4096] == self.bos_id)):
+            i = bisect_right(self._ends, int(rng.integers(self._ends[-1])))
+            shard = self._shards[i]
+            at = int(rng.integers(shard.tokens))
+            while not len(found := np.flatnonzero(shard.read(at, 4096) == self.bos_id)):
                 at += 4096
-                if at >= len(tokens):
-                    shard, at = (shard + 1) % len(self._shards), 0
-                    tokens = self._shards[shard]
+                if at >= shard.tokens:
+                    i, at = (i + 1) % len(self._shards), 0
+                    shard = self._shards[i]
             at += int(found[0]) + 1
-            story = tokens[at:at + int(rng.integers(length))].tolist()
+            story = shard.read(at, int(rng.integers(length))).tolist()
             if self.bos_id in story:
                 story = story[:story.index(self.bos_id)]
             prompts.append([self.bos_id, *story])
         return prompts
 
 
-def read_meta(folder: str, vocab_size: int | None = None) -> dict:
-    """The meta.json of a token folder, checked against the files, the tokenizer and `vocab_size`."""
+def pretokenize_again(folder: str, more: str = "") -> str:
+    """What to type when something is wrong with a token folder."""
     data_dir, name = os.path.split(os.path.normpath(folder))
     size = name.removeprefix("tok")
-    again = "run: " + command("pretokenize", data_dir or ".", int(size) if size.isdigit() else 0)
+    return "run: " + command("pretokenize", data_dir or ".", int(size) if size.isdecimal() else 0, more)
+
+
+def is_entry(entry: object) -> bool:
+    """Is this what tokenize_shard says of a shard? It may come from a damaged, or anyone's, meta.json."""
+    if not isinstance(entry, dict):
+        return False
+    name, *texts = (entry.get(key) for key in ("name", "source", "sha256", "crc32"))
+    counts = [entry.get(key) for key in ("tokens", "stories", "bytes", "source_bytes")]
+    if not (all(isinstance(text, str) for text in (name, *texts))
+            and all(type(count) is int and 0 <= count < 1 << 60 for count in counts)):
+        return False
+    source, sha256, crc32 = texts
+    return (re.fullmatch(r"data[0-9]+\.bin", name) is not None and source == name[:-4] + ".json"
+            and re.fullmatch("[0-9a-f]{64}", sha256) is not None
+            and re.fullmatch("[0-9a-f]*", crc32) is not None and len(crc32) == 8 * -(-2 * counts[0] // BLOCK)
+            and type(entry.get("source_mtime_ns")) is int)
+
+
+def is_head(meta: object) -> bool:
+    """Are this meta.json's own fields, but for its shards, what pretokenize writes?"""
+    return (isinstance(meta, dict) and type(meta.get("vocab_size")) is int
+            and 0 < meta["vocab_size"] <= MAX_VOCAB and type(meta.get("bos_id")) is int
+            and 0 <= meta["bos_id"] < meta["vocab_size"] and isinstance(meta.get("tokenizer_sha256"), str))
+
+
+def read_meta(folder: str, vocab_size: int | None = None) -> dict:
+    """The meta.json of a token folder, checked against the files, the tokenizer and `vocab_size`."""
+    again = pretokenize_again(folder)
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-        shards = meta["shards"]
-        wrong = [shard["name"] for shard in shards
-                 if file_size(os.path.join(folder, shard["name"])) != 2 * shard["tokens"]]
-        found, sha256, version = meta["vocab_size"], meta["tokenizer_sha256"], meta["format"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         cut = os.path.exists(os.path.join(folder, "meta.json.partial"))
         what = "an unfinished pretokenize" if cut else "no token shards"
         raise SystemExit(f"{what} in {folder}; {again}") from None
-    except (ValueError, KeyError, TypeError):
-        raise SystemExit(f"{folder}/meta.json is damaged; {again} --force") from None
-    if version != META_FORMAT:
-        raise SystemExit(f"{folder} has format {version}, not {META_FORMAT}; {again} --force")
+    except (ValueError, RecursionError):
+        meta = None
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if type(version) is int and version != META_FORMAT:
+        raise SystemExit(f"{folder} has format {version}, not {META_FORMAT}; {again}")
+    shards = meta.get("shards") if is_head(meta) else None
+    if version is None or not isinstance(shards, list) or not all(map(is_entry, shards)):
+        raise SystemExit(f"{folder}/meta.json is damaged; {again}")
+    found = meta["vocab_size"]
     if vocab_size not in (None, found):
         raise SystemExit(f"{folder} holds tokens of a vocabulary of {found}, not {vocab_size}; "
                          f"give --vocab_size={found}, or {again}")
     model = os.path.normpath(folder) + ".model"
-    if os.path.exists(model) and Tokenizer(model).sha256 != sha256:
+    if os.path.exists(model) and Tokenizer(model).sha256 != meta["tokenizer_sha256"]:
         raise SystemExit(f"{folder} was made with another tokenizer than {model} is now; {again}")
+    wrong = [shard["name"] for shard in shards
+             if file_size(os.path.join(folder, shard["name"])) != 2 * shard["tokens"]]
     if wrong:
         raise SystemExit(f"{folder}/{wrong[0]} is missing or not of its size; {again}")
     if len(shards) < 2:

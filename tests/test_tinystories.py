@@ -18,6 +18,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -606,7 +607,8 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_pretokenize(tok, capsys, workers):
+def test_pretokenize(tok, capsys, workers, monkeypatch):
+    monkeypatch.setattr(ts, "BLOCK", 1000)
     ts.main(["pretokenize", "--vocab_size=350", "--data_dir=" + tok, f"--num_workers={workers}"])
     out = capsys.readouterr().out
     assert f"python train.py --vocab_source=custom --vocab_size=350 --data_dir={tok}" in out
@@ -614,14 +616,17 @@ def test_pretokenize(tok, capsys, workers):
     expected = expected_tokens(tok, ts.tokenizer_path(tok, 350))
     assert sorted(os.listdir(folder)) == [*expected, "meta.json"]
     meta = json.loads(Path(folder, "meta.json").read_text())
-    assert [meta[key] for key in ("format", "vocab_size", "bos_id")] == [1, 350, 1]
+    assert [meta[key] for key in ("format", "vocab_size", "bos_id")] == [2, 350, 1]
     assert meta["tokenizer_sha256"] == hashlib.sha256(Path(tok, "tok350.model").read_bytes()).hexdigest()
     for shard, (name, ids) in zip(meta["shards"], expected.items(), strict=True):
         assert tokens(folder, name) == ids
         texts = [s.strip() for s in shards(tok)[name.replace(".bin", ".json")] if s.strip()]
         assert shard["name"] == name and shard["tokens"] == len(ids) and shard["stories"] == len(texts)
         assert shard["bytes"] == sum(len(s.replace("\ud83d", "?").encode()) for s in texts)
-        assert shard["sha256"] == hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
+        data = Path(folder, name).read_bytes()
+        assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+        blocks = [data[i:i + 1000] for i in range(0, len(data), 1000)]
+        assert shard["crc32"] == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
 
 
 def test_pretokenize_skips_what_is_done(tok):
@@ -645,6 +650,12 @@ def test_pretokenize_skips_what_is_done(tok):
     with open(folder / "data03.bin", "ab") as f:
         f.write(b"x")
     assert redone() == ["data03.bin"]
+    data = bytearray((folder / "data01.bin").read_bytes())
+    data[1234] ^= 64
+    (folder / "data01.bin").write_bytes(data)
+    refuses("data01.bin is damaged", take, ts.TokenBatches(str(folder), "train", 2, 8), 2000)
+    first["data01.bin"] = (first["data01.bin"][0], 0)
+    assert redone() == ["data01.bin"]
     os.utime(ts.shard_files(tok)[1])
     assert redone() == ["data01.bin"]
     (folder / "meta.json").write_text("{broken")
@@ -775,10 +786,13 @@ def made(folder, sizes, bos=1):
     for i, size in enumerate(sizes):
         ids = np.arange(at, at + size, dtype="<u2")
         at += size
-        (folder / f"data{i:02d}.bin").write_bytes(ids.tobytes())
+        data = ids.tobytes()
+        (folder / f"data{i:02d}.bin").write_bytes(data)
+        sums = [f"{zlib.crc32(data[at:at + ts.BLOCK]):08x}" for at in range(0, len(data), ts.BLOCK)]
         entries.append({"name": f"data{i:02d}.bin", "tokens": size, "stories": 1, "bytes": 3 * size,
-                        "sha256": hashlib.sha256(ids.tobytes()).hexdigest()})
-    meta = {"format": 1, "vocab_size": 60000, "tokenizer_sha256": "ab", "bos_id": bos, "shards": entries}
+                        "sha256": hashlib.sha256(data).hexdigest(), "crc32": "".join(sums),
+                        "source": f"data{i:02d}.json", "source_bytes": 1, "source_mtime_ns": 1})
+    meta = {"format": 2, "vocab_size": 60000, "tokenizer_sha256": "ab", "bos_id": bos, "shards": entries}
     (folder / "meta.json").write_text(json.dumps(meta))
     return str(folder)
 
@@ -792,71 +806,134 @@ def same(a, b):
                                     for (x, y), (u, v) in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("sizes, T, B", [((5, 40, 33, 27), 8, 3), ((5, 3, 0, 4), 16, 2), ((9, 2), 8, 4),
-                                         ((1, 64, 64), 16, 8), ((3, 1, 1, 1, 50, 1), 7, 5)])
-def test_train_batches_by_brute_force(tmp_path, sizes, T, B):
+SHAPES = [((5, 40, 33, 27), 8, 3), ((5, 3, 0, 4), 16, 2), ((9, 2), 8, 4), ((1, 64, 64), 16, 8),
+          ((3, 1, 1, 1, 50, 1), 7, 5)]
+
+
+@pytest.mark.parametrize("sizes, T, B", SHAPES)
+@pytest.mark.parametrize("lanes", [1, 2, 3, 16])
+def test_train_batches_by_brute_force(tmp_path, sizes, T, B, lanes):
     folder = made(tmp_path / "t", sizes)
-    ring = sum((tokens(folder, f"data{i:02d}.bin") for i in range(1, len(sizes))), [])
-    N, rows, epoch = len(ring), [], 0
-    while len(rows) < 20 * B:
-        rng = np.random.default_rng([7, epoch])
-        offset = rng.integers(T)
-        for w in rng.permutation((N + T - 1) // T):
-            rows.append([ring[(offset + w * T + j) % N] for j in range(T + 1)])
-        epoch += 1
-    batches = ts.TokenBatches(folder, "train", B, T, seed=7)
-    for k, (x, y) in enumerate(take(batches, 20)):
+    text = sum((tokens(folder, f"data{i:02d}.bin") for i in range(1, len(sizes))), [])
+    regions = max(1, min(lanes, len(text) // T))
+    cuts = [len(text) * i // regions for i in range(regions + 1)]
+
+    def rows(lane):
+        ring = text[cuts[lane % regions]:cuts[lane % regions + 1]]
+        for epoch in range(10_000):
+            rng = np.random.default_rng([7, lane, epoch])
+            offset = rng.integers(T)
+            for w in rng.permutation((len(ring) + T - 1) // T):
+                yield [ring[(offset + w * T + j) % len(ring)] for j in range(T + 1)]
+
+    expected = [rows(lane) for lane in range(lanes)]
+    batches = ts.TokenBatches(folder, "train", B, T, seed=7, lanes=lanes)
+    for k, (x, y) in enumerate(take(batches, 20 * lanes)):
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (B, T)
         assert x.is_contiguous() and y.is_contiguous()
-        expected = np.array(rows[k * B:(k + 1) * B])
-        assert np.array_equal(x.numpy(), expected[:, :-1]) and np.array_equal(y.numpy(), expected[:, 1:])
+        these = np.array([next(expected[k % lanes]) for _ in range(B)])
+        assert np.array_equal(x.numpy(), these[:, :-1]) and np.array_equal(y.numpy(), these[:, 1:])
 
 
 @pytest.mark.parametrize("sizes, T", [((5, 40, 33, 27), 10), ((5, 40, 33, 27), 8), ((2, 500, 1, 377), 64)])
-def test_every_token_is_a_target_in_every_epoch(tmp_path, sizes, T):
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_every_token_is_a_target_in_every_epoch(tmp_path, sizes, T, lanes):
     N = sum(sizes[1:])
-    windows = -(-N // T)
-    batches = ts.TokenBatches(made(tmp_path / "t", sizes), "train", 1, T, seed=3)
-    orders = []
-    for _ in range(3):
-        y = torch.cat([y.flatten() for _, y in take(batches, windows)])
-        counts = torch.bincount(y - 10 - sizes[0], minlength=N)
-        assert len(counts) == N and counts.min() == 1 and counts.sum() == windows * T  # at most T - 1 twice
-        orders.append(y.tolist())
-    assert orders[0] != orders[1] != orders[2]
+    batches = ts.TokenBatches(made(tmp_path / "t", sizes), "train", 1, T, seed=3, lanes=lanes)
+    targets = [[] for _ in range(lanes)]
+    for k, (_, y) in enumerate(take(batches, 3 * lanes * (-(-N // lanes) // T + 1))):
+        targets[k % lanes].append(y - 10 - sizes[0])
+    for lane in range(lanes):
+        start, end = N * lane // lanes, N * (lane + 1) // lanes
+        windows, orders = -(-(end - start) // T), []
+        for epoch in range(3):
+            y = torch.cat(targets[lane][epoch * windows:(epoch + 1) * windows]).flatten()
+            counts = torch.bincount(y, minlength=N)
+            assert counts.sum() == windows * T  # at most T - 1 of them twice
+            assert counts[start:end].min() == 1 and counts[start:end].sum() == windows * T
+            orders.append(y.tolist())
+        assert orders[0] != orders[1] != orders[2]
 
 
-def test_ranks_share_the_same_data(tmp_path):
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_the_same_data(tmp_path, world):
     folder = made(tmp_path / "t", (50, 300, 200))
-    for split in ("train", "val"):
-        alone = ts.TokenBatches(folder, split, 4, 8, seed=5)
-        both = [ts.TokenBatches(folder, split, 4, 8, seed=5, rank=r, world_size=2) for r in (0, 1)]
-        if split == "val":
-            a, b = list(both[0]), list(both[1])
-            assert same(list(alone), [pair for i in range(len(a)) for pair in (a[i:i + 1] + b[i:i + 1])])
-            continue
-        for _ in range(30):
-            assert same(take(alone, 2), [next(both[0]), next(both[1])])
-        assert alone.state_dict() == both[0].state_dict() == both[1].state_dict()
+    alone = ts.TokenBatches(folder, "train", 4, 8, seed=5, lanes=4)
+    ranks = [ts.TokenBatches(folder, "train", 4, 8, seed=5, rank=r, world_size=world, lanes=4)
+             for r in range(world)]
+    for _ in range(30):
+        assert same(take(alone, 4), [next(rank) for _ in range(4 // world) for rank in ranks])
+        assert all(alone.state_dict() == rank.state_dict() for rank in ranks)
+    alone = list(ts.TokenBatches(folder, "val", 4, 8))
+    ranks = [list(ts.TokenBatches(folder, "val", 4, 8, rank=r, world_size=world)) for r in range(world)]
+    assert same(alone, [rank[i] for i in range(len(ranks[0])) for rank in ranks if i < len(rank)])
 
 
-@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 2), (2, 3)])
-def test_resume(tmp_path, before, after):
+def test_no_rank_reads_what_another_does(tmp_path, monkeypatch):
+    """Over several epochs each of 4 ranks reads a quarter of the shards' tokens, and no two the same."""
+    seen = [set() for _ in range(4)]
+    folder = made(tmp_path / "t", (50, 300, 200, 299))
+
+    def read(shard, start, count, _read=ts.TokenShard.read):
+        ids = _read(shard, start, count)
+        seen[now].update(ids.tolist())
+        return ids
+
+    monkeypatch.setattr(ts.TokenShard, "read", read)
+    for now in range(4):
+        take(ts.TokenBatches(folder, "train", 4, 8, rank=now, world_size=4, lanes=8), 50)
+    assert sorted(i for rank in seen for i in rank) == list(range(60, 60 + 799))
+    assert all(abs(len(rank) - 200) <= 1 for rank in seen)
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize("size", [3, 5])
+def test_resume(tmp_path, before, after, size, capsys):
     folder = made(tmp_path / "t", (9, 200, 131))
 
-    def group(world, seed=5):
-        return [ts.TokenBatches(folder, "train", 3, 8, seed=seed, rank=rank, world_size=world)
+    def group(world, size, seed=5):
+        return [ts.TokenBatches(folder, "train", size, 8, seed=seed, rank=rank, world_size=world, lanes=4)
                 for rank in range(world)]
 
-    straight = take(group(1)[0], 6 * before + 6 * after)
-    first = group(before)
-    got = [next(b) for _ in range(6) for b in first]
+    def run(batches, turns):
+        """The windows of `turns` turns, lane by lane: other batch sizes share them out differently."""
+        taken = [next(b) for _ in range(turns * 4 // len(batches)) for b in batches]
+        return [[pair for x, y in taken[lane::4] for pair in zip(x, y, strict=True)] for lane in range(4)]
+
+    straight = run(group(1, 1), 6 * 3 + 6 * size)
+    first = group(before, 3)
+    got = run(first, 6)
     state = json.loads(json.dumps(first[0].state_dict()))
-    second = group(after, seed=99)  # the state's seed counts
+    assert all(state == b.state_dict() for b in first)
+    second = group(after, size, seed=99)  # the state's seed counts
     for b in second:
         b.load_state_dict(state)
-    assert same(straight, got + [next(b) for _ in range(6) for b in second])
-    assert all(type(v) is int for v in state.values())
+    for lane, more in enumerate(run(second, 6)):
+        assert same(straight[lane], got[lane] + more)
+    assert all(type(v) is int for v in state.values()) and capsys.readouterr().err == ""
+
+
+def test_resume_with_other_lanes(tmp_path, capsys):
+    folder = made(tmp_path / "t", (9, 200, 131))  # of 42 windows: 2 lanes of 21, 4 of 11
+    first = ts.TokenBatches(folder, "train", 3, 8, seed=5, lanes=4)
+    for turns, epoch in ((0, 0), (1, 1), (2, 1), (1, 2), (10, 4)):  # of 3 windows each
+        take(first, 4 * turns)
+        state, second = first.state_dict(), ts.TokenBatches(folder, "train", 3, 8, lanes=2)
+        second.load_state_dict(state)
+        assert capsys.readouterr().err == ("the data is dealt out to 2 micro-batches per iteration, no "
+                                           f"longer 4: it goes on with the next epoch, {epoch}\n")
+        assert (second.state_dict()["epoch"], second.state_dict()["windows"]) == (epoch, 0)
+        straight = ts.TokenBatches(folder, "train", 3, 8, seed=5, lanes=2)
+        take(straight, 2 * 7 * epoch)  # 7 batches an epoch
+        assert same(take(straight, 10), take(second, 10))
+    second.load_state_dict(second.state_dict() | {"epoch": 3, "windows": 21})
+    take(second, 2)
+    third = ts.TokenBatches(folder, "train", 3, 8, lanes=2, rank=1, world_size=2)
+    third.load_state_dict(second.state_dict())
+    assert same(take(second, 4)[1::2], take(third, 2)) and capsys.readouterr().err == ""
+    state = {k: v for k, v in state.items() if k not in ("lanes", "epoch")} | {"windows": 43}  # an older one
+    second.load_state_dict(state)
+    assert second.state_dict()["epoch"] == 2 and "next epoch, 2" in capsys.readouterr().err
 
 
 def test_resume_on_other_data(tmp_path):
@@ -938,7 +1015,52 @@ def test_batches_check_the_folder(tmp_path):
         refuses(message, ts.TokenBatches, made(tmp_path / "tok4096", sizes), split, 2, 8)
     for text in ("", "{}", "[]", '{"shards": 3}'):
         Path(folder, "meta.json").write_text(text)
-        refuses("--force", ts.TokenBatches, folder, "train", 2, 8)
+        refuses(f"damaged; run: python tinystories.py {where}", ts.TokenBatches, folder, "train", 2, 8)
+    Path(folder, "meta.json").write_text('{"format": 1, "shards": []}')
+    refuses(f"format 1, not 2; run: python tinystories.py {where}", ts.TokenBatches, folder, "train", 2, 8)
+
+
+def test_damage_is_found_before_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(ts, "BLOCK", 64)  # 32 tokens
+    folder = made(tmp_path / "tok4096", (50, 300, 200))
+    again = f"run: python tinystories.py pretokenize --vocab_size=4096 --data_dir={tmp_path}"
+    path = Path(folder, "data02.bin")
+    data = bytearray(path.read_bytes())
+    data[399] ^= 4  # its last token
+    path.write_bytes(data)
+    val, train = ts.TokenBatches(folder, "val", 2, 8), ts.TokenBatches(folder, "train", 1, 8, lanes=2)
+    assert list(val)  # is whole
+    damaged = f"data02.bin is damaged: bytes 384 to 399 are not what was written; {again}"
+    refuses(damaged, take, train, 100)
+    rank = ts.TokenBatches(folder, "train", 1, 8, lanes=2, world_size=2)
+    assert len(take(rank, 100)) == 100  # it has nothing to do with that part
+    train = ts.TokenBatches(folder, "train", 1, 8)
+    os.truncate(path, 380)  # meanwhile
+    refuses("data02.bin has lost its end: bytes 320 to 383", take, train, 100)
+
+
+def test_story_starts(tmp_path, monkeypatch):
+    """Prompts, and that only what they take is read: no damage elsewhere is noticed."""
+    monkeypatch.setattr(ts, "BLOCK", 64)
+    monkeypatch.setattr(ts, "CHUNK", 8)
+    folder = made(tmp_path / "t", (9, 30, 9000), bos=5000)  # a BOS, in the middle of data02
+    path = Path(folder, "data02.bin")
+    data = path.read_bytes()
+    with open(path, "r+b") as f:
+        f.write(b"xx")
+        f.seek(17_990)
+        f.write(b"xx")
+    refuses("data02.bin is damaged: bytes 0 to 63", ts.StoryStarts, folder, "train")  # in search of a BOS
+    path.write_bytes(data)
+    refuses("no story", ts.StoryStarts, folder, "val")
+    prompts = ts.StoryStarts(folder, "train").sample(np.random.default_rng(1), 50, 5)
+    assert {len(p) for p in prompts} == {1, 2, 3, 4, 5}
+    assert all(p == list(range(5000, 5000 + len(p))) for p in prompts)
+    made(tmp_path / "u", (9, 5000, 9000), bos=30)
+    path = tmp_path / "u" / "data02.bin"
+    path.write_bytes(bytes(17_998) + b"xx")
+    starts = ts.StoryStarts(str(tmp_path / "u"), "train")  # the BOS is in data01
+    refuses("data02.bin is damaged", starts.sample, np.random.default_rng(1), 50, 5)
 
 
 # ---- command line ------------------------------------------------------------------------------------
