@@ -15,6 +15,7 @@ Not for: cleaning or deduplicating text, data loading over a network, vocabulari
 """
 
 import argparse
+import glob
 import gzip
 import hashlib
 import io
@@ -35,13 +36,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO
 
 import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from tokenizer import CommandLine, Tokenizer, atomic_write, tokenizer_path, whole
+from tokenizer import CommandLine, Tokenizer, atomic_write, lock, tokenizer_path, whole
 
 STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 SMALL_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-valid.txt"
@@ -81,6 +83,21 @@ def command(stage: str, data_dir: str = "data", vocab_size: int = 0, more: str =
     words += [f"--vocab_size={vocab_size}"] * (vocab_size > 0)
     words += [f"--data_dir={data_dir}"] * (data_dir != "data")
     return " ".join(words + [more] * bool(more))
+
+
+@contextmanager
+def claimed(data_dir: str, *names: str, shared: tuple[str, ...] = ()) -> Iterator[None]:
+    """Hold locks in `data_dir` meanwhile: `names` alone, `shared` together with others that share them.
+
+    "stories" stands for the text, "tokN" for a vocabulary and its tokens. SystemExit if another has one.
+    """
+    os.makedirs(data_dir, exist_ok=True)
+    with ExitStack() as stack:
+        for name in (*names, *shared):
+            held = lock(data_dir, f".{name}.lock", "another --data_dir", shared=name in shared)
+            if held:
+                stack.callback(held.close)
+        yield
 
 
 def progress_bar(title: str, total: int | None = None) -> tqdm:
@@ -124,11 +141,11 @@ def fetch(url: str, path: str, sha256: str | None = None, flag: str = "--url") -
         os.fsync(f.fileno())
         found = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else None
     if found != sha256:
-        forget(part)
+        forget(part, part + ".json")
         raise SystemExit(f"{url} has the wrong content (sha256 {found[:12]}…, not {sha256[:12]}…) and was "
                          f"dropped; run the same again, or give another address with {flag}=URL")
     os.replace(part, path)
-    forget(part)
+    forget(part, part + ".json")
 
 
 def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
@@ -188,16 +205,16 @@ def is_rest(reply, part: str, have: int, total: int | None, flag: str) -> bool:
     if status == 206 and have and reply.headers.get("Content-Range") == f"bytes {have}-{total - 1}/{total}":
         return True
     if status in (206, 416):  # not the range that was asked for: what we have is of no use
-        forget(part)
+        forget(part, part + ".json")
         raise TryAgain("the server has another version of the file")
     if status in (408, 425, 429) or status >= 500:
         raise TryAgain(why)
     raise SystemExit(f"cannot download {reply.url}: {why}; check {flag}=URL")
 
 
-def forget(part: str) -> None:
-    for path in (part, part + ".json"):
-        if os.path.exists(path):
+def forget(*paths: str) -> None:
+    for path in paths:
+        with suppress(FileNotFoundError):
             os.remove(path)
 
 
@@ -226,21 +243,22 @@ def extract(archive: str, folder: str) -> None:
 
 def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, force: bool) -> None:
     """Stage `download`: the stories (`small`: only those for validation) and the Llama 2 tokenizer."""
-    os.makedirs(data_dir, exist_ok=True)
     folder = stories_dir(data_dir)
     file = os.path.join(data_dir, "TinyStories-valid.txt" if small else "TinyStories_all_data.tar.gz")
-    if os.path.isdir(folder) and not force:
-        print(f"{folder} is already there: {len(os.listdir(folder))} files; --force replaces it")
-    else:
-        fetch(url or (SMALL_URL if small else STORIES_URL), file)
-        if small:
-            import_files([file], data_dir, force=force)
-        else:
-            extract(file, folder)
-            print(f"{folder}: {len(shard_files(data_dir))} shards; {file} is no longer needed")
     model = tokenizer_path(data_dir, 0)
-    fetch(tokenizer_url, model, TOKENIZER_SHA256, "--tokenizer_url")
-    print(f"{Tokenizer(model).export()}: the Llama 2 tokenizer for run.c")
+    with claimed(data_dir, "stories", "tokenizer"):
+        restore(folder)
+        if os.path.isdir(folder) and not force:
+            print(f"{folder} is already there: {len(os.listdir(folder))} files; --force replaces it")
+        else:
+            fetch(url or (SMALL_URL if small else STORIES_URL), file)
+            if small:
+                import_into([file], data_dir, force=force)
+            else:
+                extract(file, folder)
+                print(f"{folder}: {len(shard_files(data_dir))} shards; {file} is no longer needed")
+        fetch(tokenizer_url, model, TOKENIZER_SHA256, "--tokenizer_url")
+        print(f"{Tokenizer(model).export()}: the Llama 2 tokenizer for run.c")
     print(f"next: {command('pretokenize', data_dir)}  (or first train_vocab, for a smaller vocabulary)")
 
 
@@ -255,8 +273,7 @@ def shard_number(path: str) -> int:
 def shard_files(data_dir: str) -> list[str]:
     """Paths of the text shards by number: the first is data00, for validation; at least one more follows."""
     folder = stories_dir(data_dir)
-    if not os.path.isdir(folder) and os.path.isdir(folder + ".old"):  # killed inside new_folder
-        os.rename(folder + ".old", folder)
+    restore(folder)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = sorted((name for name in names if shard_number(name) >= 0), key=shard_number)
     if len(names) < 2 or shard_number(names[0]) != 0:
@@ -269,20 +286,32 @@ def shard_files(data_dir: str) -> list[str]:
 def new_folder(folder: str) -> Iterator[str]:
     """An empty folder that takes the place of `folder` at the end, or is gone after an exception.
 
-    Between its two renames the old one is `folder`.old, where shard_files finds it after a crash.
+    Between two renames the old one is `folder`.old, where `restore` finds it after a crash.
     """
-    scratch, old = folder + ".tmp", folder + ".old"
+    scratch = folder + ".tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     os.makedirs(scratch)
     try:
         yield scratch
-        if os.path.isdir(folder):
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_folder(new: str, folder: str) -> None:
+    """Rename `new` to `folder`, in place of what is there."""
+    old = folder + ".old"
+    if os.path.isdir(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: str) -> None:
+    """Bring back what a run that was killed inside replace_folder left under another name."""
+    if not os.path.isdir(folder) and os.path.isdir(folder + ".old"):
+        os.rename(folder + ".old", folder)
 
 
 def read_text(path: str, progress: Callable[[int], object]) -> Iterator[str]:
@@ -398,16 +427,23 @@ def read_stories(path: str, progress: Callable[[int], object], separator: str = 
         yield from read_pieces(path, separator, progress)
 
 
+def free_stories_dir(data_dir: str, force: bool) -> str:
+    """The folder of the text shards, which must not be there yet unless `force`."""
+    folder = stories_dir(data_dir)
+    restore(folder)
+    if os.path.isdir(folder) and not force:
+        raise SystemExit(f"{folder} already holds stories; --force replaces them, "
+                         "--data_dir=DIR puts these elsewhere")
+    return folder
+
+
 def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: int, force: bool) -> None:
     """Deal stories out to shards, without the empty ones; the folder appears when all are written.
 
     Of each `num_shards` stories in a row every shard gets one, by a seeded shuffle: shard 00 is a fair sample
     of the whole, and memory does not grow. With fewer stories than that there is a shard for each.
     """
-    folder = stories_dir(data_dir)
-    if os.path.isdir(folder) and not force:
-        raise SystemExit(f"{folder} already holds stories; --force replaces them, "
-                         "--data_dir=DIR puts these elsewhere")
+    folder = free_stories_dir(data_dir, force)
     empty = 0
 
     def not_empty() -> Iterator[str]:
@@ -426,12 +462,10 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     rng = random.Random(seed)
     counts = [0] * len(block)
     with new_folder(folder) as scratch, ExitStack() as stack:
-        files = [stack.enter_context(atomic_write(os.path.join(scratch, f"data{i:02d}.json"), "w"))
-                 for i in range(len(block))]
+        files = [stack.enter_context(atomic_write(shard_path(scratch, i), "w")) for i in range(len(block))]
         while block:
             for i, text in zip(rng.sample(range(len(files)), len(block)), block, strict=False):
-                files[i].write(",\n" if counts[i] else "[\n")
-                json.dump({"story": text}, files[i])
+                write_story(files[i], text, first=not counts[i])
                 counts[i] += 1
             block = list(itertools.islice(kept, num_shards))
         for f in files:
@@ -439,6 +473,16 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     print(f"{folder}: {sum(counts):,} stories in {len(counts)} shards, {counts[0]:,} of them for validation"
           + f"; {empty:,} empty ones left out" * (empty > 0))
     print(f"next: {command('train_vocab', data_dir, 4096)}")
+
+
+def shard_path(folder: str, i: int) -> str:
+    return os.path.join(folder, f"data{i:02d}.json")
+
+
+def write_story(f: IO[str], text: str, first: bool) -> None:
+    """The next item of a shard's list, which its writer ends with "\\n]\\n"."""
+    f.write("[\n" if first else ",\n")
+    json.dump({"story": text}, f)
 
 
 def import_files(paths: list[str], data_dir: str, separator: str = "endoftext", field: str | None = None,
@@ -449,16 +493,82 @@ def import_files(paths: list[str], data_dir: str, separator: str = "endoftext", 
         if not os.path.isfile(path):
             raise SystemExit(f"no such file: {path}; run: {command('import', data_dir, more='FILE.txt')} "
                              "(or .json, .jsonl)")
+    with claimed(data_dir, "stories"):
+        import_into(paths, data_dir, separator, field, num_shards, seed, force)
+
+
+def import_into(paths: list[str], data_dir: str, separator: str = "<|endoftext|>", field: str | None = None,
+                num_shards: int = 10, seed: int = 1337, force: bool = False) -> None:
     with progress_bar("importing", sum(map(os.path.getsize, paths))) as bar:
         write_shards((story for path in paths for story in read_stories(path, bar.update, separator, field)),
                      data_dir, num_shards, seed, force)
 
 
-def synth(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bool) -> None:
+def synth(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bool,
+          shard: tuple[int, int] | None = None) -> None:
     """Stage `synth`. Story i depends on the seed and i alone, not on the machine or num_stories."""
+    if shard:
+        part, parts = shard
+        with claimed(data_dir, f"stories-{part}-of-{parts}", shared=("stories",)):
+            synth_part(data_dir, num_stories, num_shards, seed, force, part, parts)
+        return
     stories = (synth_story(random.Random(f"{seed}:{i}")) for i in range(num_stories))
     stories = tqdm(stories, "writing", num_stories, disable=None, leave=False)
-    write_shards(stories, data_dir, num_shards, seed, force)
+    with claimed(data_dir, "stories"):
+        write_shards(stories, data_dir, num_shards, seed, force)
+
+
+def synth_part(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bool, part: int,
+               parts: int) -> None:
+    """Every `parts`-th shard of what synth writes. Whoever finds that none is missing puts them together.
+
+    Until then they are in a folder named after all that they depend on, so that different ones never mix.
+    """
+    folder, count = free_stories_dir(data_dir, force), min(num_shards, num_stories)
+    if not 2 <= count >= parts:
+        raise SystemExit(f"{num_stories} stories in {num_shards} shards cannot be shared out to {parts} "
+                         f"parts; give both --num_stories and --num_shards at least {max(2, parts)}")
+    begun = f"{folder}.synth-{num_stories}-{num_shards}-{seed}"
+    for other in sorted(set(glob.glob(glob.escape(folder) + ".synth-*")) - {begun}):
+        stories, shards, chance = other.rpartition(".synth-")[2].split("-", 2)
+        raise SystemExit(f"{other} has parts of other stories: finish those with --num_stories={stories} "
+                         f"--num_shards={shards} --seed={chance}, or delete that folder")
+    os.makedirs(begun, exist_ok=True)
+    todo = [i for i in range(part - 1, count, parts) if not os.path.exists(shard_path(begun, i))]
+    rng, written = random.Random(seed), dict.fromkeys(todo, 0)
+    with ExitStack() as stack:
+        files = {i: stack.enter_context(atomic_write(shard_path(begun, i), "w")) for i in todo}
+        starts = range(0, num_stories if todo else 0, num_shards)
+        for start in tqdm(starts, "writing", disable=None, leave=False):
+            order = rng.sample(range(count), min(num_shards, num_stories - start))  # as write_shards deals
+            for story, i in enumerate(order, start):
+                if i in files:
+                    text = synth_story(random.Random(f"{seed}:{story}"))
+                    write_story(files[i], text.strip(), first=not written[i])
+                    written[i] += 1
+        for f in files.values():
+            f.write("\n]\n")
+    missing = [i for i in range(count) if os.path.isdir(begun) and not os.path.exists(shard_path(begun, i))]
+    if missing:
+        print(f"part {part} of {parts} is done; {len(missing)} of {count} shards are still to come "
+              f"from other parts")
+        return
+    put_together(begun, folder)
+    print(f"{folder}: {num_stories:,} stories in {count} shards")
+    print(f"next: {command('train_vocab', data_dir, 4096)}")
+
+
+def put_together(parts: str, folder: str) -> None:
+    """Make `folder` of its complete parts, unless another process does so at this moment."""
+    try:
+        with claimed(os.path.dirname(folder), "stories-parts"):
+            if os.path.isdir(parts):  # else it has been done
+                for name in os.listdir(parts):
+                    if shard_number(name) < 0:  # left over from a run that was killed
+                        os.remove(os.path.join(parts, name))
+                replace_folder(parts, folder)
+    except SystemExit:
+        print("another part is putting them together")
 
 
 # ---- the story grammar -------------------------------------------------------------------------------
@@ -740,6 +850,18 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
     if not 0 < vocab_size <= MAX_VOCAB:
         raise SystemExit(f"--vocab_size={vocab_size} is not between 1 and {MAX_VOCAB} (16 bits per token); "
                          f"run: {command('train_vocab', data_dir, 4096)}")
+    shard_files(data_dir)  # are there any? else no folder should come of it
+    with claimed(data_dir, f"tok{vocab_size}", shared=("stories",)):
+        proto, shards = make_vocab(data_dir, vocab_size, num_shards)
+        model = tokenizer_path(data_dir, vocab_size)
+        with atomic_write(model) as f:
+            f.write(proto)
+    print(f"{model}: {vocab_size} pieces from {shards} shards; next: "
+          + command("pretokenize", data_dir, vocab_size))
+
+
+def make_vocab(data_dir: str, vocab_size: int, num_shards: int) -> tuple[bytes, int]:
+    """A sentencepiece model, and the number of shards that it was made from."""
     shards = shard_files(data_dir)[1:1 + num_shards]
     failure: list[SystemExit] = []
 
@@ -767,11 +889,7 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
             minloglevel=2)
     except RuntimeError as e:
         raise failure[0] if failure else vocab_error(str(e), data_dir, vocab_size) from None
-    model = tokenizer_path(data_dir, vocab_size)
-    with atomic_write(model) as f:
-        f.write(proto.getvalue())
-    print(f"{model}: {vocab_size} pieces from {len(shards)} shards; next: "
-          + command("pretokenize", data_dir, vocab_size))
+    return proto.getvalue(), len(shards)
 
 
 def vocab_error(message: str, data_dir: str, vocab_size: int) -> SystemExit:
@@ -788,43 +906,95 @@ def vocab_error(message: str, data_dir: str, vocab_size: int) -> SystemExit:
 
 # ---- pretokenize -------------------------------------------------------------------------------------
 
-def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int) -> None:
+def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
+                shard: tuple[int, int] | None = None) -> None:
     """Stage `pretokenize`: every shard as uint16 tokens, a shard per process at a time.
 
-    Shards that are done already, also by an interrupted run, are skipped. meta.json says what the shards
-    hold and comes last; while it is missing nothing can be read.
+    Shards that are done already, also by an interrupted run, are skipped. Each leaves a note behind,
+    dataNN.partial.json; meta.json, of all notes, comes last, and while it is missing nothing can be read.
+    A part of several (`shard`) does its share of the shards; who finds none missing writes meta.json.
     """
     tokenizer = Tokenizer(tokenizer_path(data_dir, vocab_size))
     if vocab_size not in (0, tokenizer.vocab_size) or tokenizer.vocab_size > MAX_VOCAB:
         raise SystemExit(f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces, "
                          f"not {vocab_size or 32000} (at most {MAX_VOCAB}); run: "
                          + command("train_vocab", data_dir, vocab_size or 4096))
-    sources = shard_files(data_dir)
-    folder = token_dir(data_dir, vocab_size)
-    os.makedirs(folder, exist_ok=True)
-    head = {"format": META_FORMAT, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256,
-            "bos_id": tokenizer.bos_id}
-    done = {} if force else shards_done(folder, head, sources)
-    todo = [source for source in sources if source not in done]
-    final, partial = os.path.join(folder, "meta.json"), os.path.join(folder, "meta.json.partial")
-
-    def save() -> None:
-        with atomic_write(partial, "w") as f:
-            json.dump(head | {"shards": [done[source] for source in sources if source in done]}, f, indent=1)
-
-    save()
-    if todo and os.path.exists(final):
-        os.remove(final)
-    for source, entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
-        done[source] = entry
-        save()
-    os.replace(partial, final)
+    folder, (part, parts) = token_dir(data_dir, vocab_size), shard or (1, 1)
+    name = os.path.basename(folder)
+    locks = (f"{name}-{part}-of-{parts}",) if shard else (name,)
+    shard_files(data_dir)  # are there any?
+    with claimed(data_dir, *locks, shared=("stories", name) if shard else ("stories",)):
+        sources = shard_files(data_dir)
+        mine = sources[part - 1::parts]
+        notes = TokenNotes(folder, tokenizer)
+        before = {} if force else {source: entry for source, entry in notes.read(mine).items()
+                                   if is_whole(folder, entry)}
+        todo = [source for source in mine if source not in before]
+        if todo:
+            notes.open(sources, todo)
+        for _, entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
+            notes.write(entry)
+        done = notes.read(sources)
+        if len(done) < len(sources):
+            print(f"part {part} of {parts} is done; {len(sources) - len(done)} of {len(sources)} shards are "
+                  "still to come from other parts")
+            return
+        notes.close(list(done.values()))
     stories, tokens, size = (sum(entry[key] for entry in done.values())
                              for key in ("stories", "tokens", "bytes"))
     print(f"{folder}: {stories:,} stories, {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes each"
-          + f" ({len(sources) - len(todo)} of {len(sources)} shards were up to date)" * (todo != sources))
+          + f" ({len(mine) - len(todo)} of {len(mine)} shards were up to date)" * (todo != mine))
     flags = f"--vocab_source=custom --vocab_size={vocab_size}" if vocab_size else "--vocab_source=llama2"
     print(f"next: python train.py {flags}" + f" --data_dir={data_dir}" * (data_dir != "data"))
+
+
+class TokenNotes:
+    """What a token folder knows of its shards: meta.json when all are done, until then a note for each."""
+
+    def __init__(self, folder: str, tokenizer: Tokenizer):
+        os.makedirs(folder, exist_ok=True)
+        self.folder, self.meta = folder, os.path.join(folder, "meta.json")
+        self.head = {"format": META_FORMAT, "vocab_size": tokenizer.vocab_size,
+                     "tokenizer_sha256": tokenizer.sha256, "bos_id": tokenizer.bos_id}
+
+    def notes(self) -> list[str]:
+        return glob.glob(os.path.join(glob.escape(self.folder), "*.partial.json"))
+
+    def read(self, sources: list[str]) -> dict[str, dict]:
+        """By source, in order, the entries of shards made by a run like this one and of their size."""
+        entries = {}
+        # twice: meanwhile another part may turn notes into meta.json, or meta.json into notes
+        for path in itertools.chain([self.meta], self.notes(), [self.meta]):
+            try:
+                with open(path, encoding="utf-8") as f:
+                    meta = json.load(f)
+                if self.head.items() <= meta.items():
+                    entries |= {entry["source"]: entry for entry in meta["shards"] if is_entry(entry)}
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue  # missing or damaged: do its shards again
+        return {source: entry for source in sources
+                if (entry := entries.get(os.path.basename(source)))
+                and source_state(source).items() <= entry.items()
+                and file_size(os.path.join(self.folder, entry["name"])) == 2 * entry["tokens"]}
+
+    def write(self, entry: dict) -> None:
+        name = os.path.splitext(entry["name"])[0] + ".partial.json"
+        with atomic_write(os.path.join(self.folder, name), "w") as f:
+            json.dump(self.head | {"shards": [entry]}, f, indent=1)
+
+    def open(self, sources: list[str], todo: list[str]) -> None:
+        """Shards will be replaced: notes in place of meta.json, for those that stay."""
+        if os.path.exists(self.meta):
+            for source, entry in self.read(sources).items():
+                if source not in todo:
+                    self.write(entry)
+            forget(self.meta)
+
+    def close(self, entries: list[dict]) -> None:
+        """All are done: meta.json in place of the notes."""
+        with atomic_write(self.meta, "w") as f:
+            json.dump(self.head | {"shards": entries}, f, indent=1)
+        forget(*self.notes())
 
 
 def source_state(source: str) -> dict:
@@ -832,22 +1002,6 @@ def source_state(source: str) -> dict:
     stat = os.stat(source)
     return {"source": os.path.basename(source), "source_bytes": stat.st_size,
             "source_mtime_ns": stat.st_mtime_ns}
-
-
-def shards_done(folder: str, head: dict, sources: list[str]) -> dict[str, dict]:
-    """Entries, by source, of token shards that a run like this one has already written and that are whole."""
-    entries = {}
-    for name in ("meta.json", "meta.json.partial"):
-        try:
-            with open(os.path.join(folder, name), encoding="utf-8") as f:
-                meta = json.load(f)
-            if head.items() <= meta.items():
-                entries |= {entry["source"]: entry for entry in meta["shards"] if is_entry(entry)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue  # missing or damaged: do its shards again
-    return {source: entry for source in sources
-            if (entry := entries.get(os.path.basename(source)))
-            and source_state(source).items() <= entry.items() and is_whole(folder, entry)}
 
 
 def is_whole(folder: str, entry: dict) -> bool:
@@ -1208,7 +1362,7 @@ def read_meta(folder: str, vocab_size: int | None = None) -> dict:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
     except (FileNotFoundError, NotADirectoryError):
-        cut = os.path.exists(os.path.join(folder, "meta.json.partial"))
+        cut = glob.glob(os.path.join(glob.escape(folder), "*.partial.json"))
         what = "an unfinished pretokenize" if cut else "no token shards"
         raise SystemExit(f"{what} in {folder}; {again}") from None
     except (ValueError, RecursionError):
@@ -1249,6 +1403,14 @@ def shard_count(value: str) -> int:
     return int(value)
 
 
+def part(value: str) -> tuple[int, int]:
+    """(2, 4) for "2/4"."""
+    match = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", value)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a part such as 1/4, 2/4, 3/4 or 4/4")
+    return int(match[1]), int(match[2])
+
+
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
     """Adds each option's default to its help, where it has one."""
 
@@ -1269,6 +1431,10 @@ def make_cli() -> CommandLine:
         parser.set_defaults(run=run, parser=parser)
         return parser
 
+    def share(parser: CommandLine) -> None:
+        parser.add_argument("--shard", type=part, metavar="I/N", help="do one of N parts: 1/4, 2/4, 3/4 and "
+                            "4/4 on machines that share the data_dir; together they write the same files")
+
     replace = "replace the stories that are there"
     p = stage("download", download, "Download TinyStories (1.5 GB) and the Llama 2 tokenizer", replace)
     p.add_argument("--small", action="store_true", help="only TinyStories-valid.txt (20 MB), as shards")
@@ -1287,6 +1453,7 @@ def make_cli() -> CommandLine:
     p.add_argument("--num_stories", type=positive, default=20000, help="how many")
     p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="another seed, other stories")
+    share(p)
 
     p = stage("train_vocab", train_vocab, "Train a vocabulary on the training shards")
     p.add_argument("--vocab_size", type=int, required=True, help=f"pieces, at most {MAX_VOCAB}")
@@ -1296,6 +1463,7 @@ def make_cli() -> CommandLine:
     p.add_argument("--vocab_size", type=int, default=0, help="a vocabulary from train_vocab; 0: Llama 2's")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     p.add_argument("--num_workers", type=positive, default=cores, help="processes")
+    share(p)
     return cli
 
 

@@ -48,6 +48,11 @@ def run(*args, cwd=None, check=False):
     return done
 
 
+def visible(folder):
+    """Without the locks."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
 def refuses(message, function, *args, **kwargs):
     """The call ends in one line that holds `message`."""
     with pytest.raises(SystemExit) as e:
@@ -267,7 +272,7 @@ def test_download(server, tmp_path, capsys, monkeypatch):
         else _fetch(url, path, *rest)))
     args = ["download", "--data-dir", data, "--url", server.url]
     ts.main(args)
-    assert sorted(os.listdir(data)) == [
+    assert visible(data) == [
         "TinyStories_all_data", "TinyStories_all_data.tar.gz", "tokenizer.bin", "tokenizer.model"]
     assert (Path(data) / "tokenizer.bin").read_bytes() == (SHARED / "llama2" / "tokenizer.bin").read_bytes()
     assert "\nnext: python tinystories.py pretokenize" in capsys.readouterr().out
@@ -535,7 +540,7 @@ def test_train_vocab(data, capfd):
     ts.main(["train_vocab", "--vocab-size=350", "--data_dir=" + data])
     out, err = capfd.readouterr()
     assert err == "" and out.count("\n") == 1 and f"pretokenize --vocab_size=350 --data_dir={data}" in out
-    assert sorted(os.listdir(data)) == ["TinyStories_all_data", "tok350.model"]
+    assert visible(data) == ["TinyStories_all_data", "tok350.model"]
     first = Path(data, "tok350.model").read_bytes()
     sp = sentencepiece.SentencePieceProcessor(model_proto=first)
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
@@ -682,12 +687,14 @@ def test_pretokenize_stops_at_a_bad_story(tok):
     folder = Path(ts.token_dir(tok, 350))
     assert not (folder / "meta.json").exists() and not (folder / "data02.bin").exists()
     refuses("an unfinished pretokenize", ts.TokenBatches, str(folder), "train", 2, 8)
-    finished = {entry["name"] for entry in json.loads((folder / "meta.json.partial").read_text())["shards"]}
+    finished = {name for name in os.listdir(folder) if name.endswith(".bin")}
+    assert all(json.loads((folder / name.replace(".bin", ".partial.json")).read_text()) for name in finished)
     before = snapshot(folder)
     path.write_text(good)
     run("pretokenize", "--vocab_size=350", "--data_dir", tok, check=True)
     after = snapshot(folder)
-    assert all(after[name] == before[name] for name in finished) and "meta.json.partial" not in after
+    assert all(after[name] == before[name] for name in finished)
+    assert [name for name in after if "json" in name] == ["meta.json"]
     assert {n: tokens(folder, n) for n in expected_tokens(tok, tok + "/tok350.model")} == \
         expected_tokens(tok, tok + "/tok350.model")
 
@@ -755,6 +762,176 @@ def test_pretokenize_notices_killed_processes(tok, tmp_path):
     assert sorted(os.listdir(folder)) == [*(f"data{i:02d}.bin" for i in range(5)), "meta.json"]
     expected = expected_tokens(tok, tok + "/tok350.model")
     assert {n: tokens(folder, n) for n in expected} == expected
+
+
+def content(folder):
+    """The bytes of all files below a folder, but for locks."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*"))
+            if p.is_file() and not p.name.startswith(".")}
+
+
+def part(stage, which, data_dir, *flags):
+    ts.main([stage, f"--shard={which}", f"--data_dir={data_dir}", *flags])
+
+
+def test_pretokenize_in_parts(tok, capsys):
+    args = ["pretokenize", "--vocab_size=350", "--data_dir=" + tok]
+    ts.main(args)
+    folder = Path(ts.token_dir(tok, 350))
+    whole = content(folder)
+
+    def parts(*which):
+        capsys.readouterr()
+        for i in which:
+            part("pretokenize", i, tok, "--vocab_size=350")
+        return capsys.readouterr().out
+
+    assert content(folder) == whole and "(3 of 3 shards were up to date)" in parts("1/2")  # nothing to do
+    for order in (("1/2", "2/2"), ("3/3", "1/3", "2/3"), ("2/7", "7/7", "5/7", "4/7", "1/7", "3/7"),
+                  ("1/2", "2/3", "2/2")):  # of another number of parts, too
+        for path in folder.iterdir():
+            path.unlink()
+        assert "still to come from other parts\n" in parts(*order[:-1])
+        refuses("an unfinished pretokenize", ts.read_meta, str(folder))
+        assert "next: python train.py" in parts(order[-1]) and content(folder) == whole
+    # what a part does again leaves the others' shards as they are; meta.json is not there meanwhile
+    (folder / "data01.bin").write_bytes(b"")
+    before = snapshot(folder)
+    source = ts.shard_files(tok)[3]
+    os.utime(source)
+    assert "2 of 5 shards are still to come" in parts("1/2") and (folder / "meta.json").exists()
+    assert "next" in parts("2/2")
+    after = snapshot(folder)
+    assert [n for n in sorted(after) if after[n] != before[n]] == ["data01.bin", "data03.bin", "meta.json"]
+    assert {n: whole[n] for n in whole if n != "meta.json"} == \
+        {n: data for n, data in content(folder).items() if n != "meta.json"}
+    (folder / "data04.bin").write_bytes(b"")
+    (folder / "data04.partial.json").write_text("{damaged")
+    assert "next" in parts("1/2", "2/2")
+    assert content(folder)["data04.bin"] == whole["data04.bin"] and ts.read_meta(str(folder))
+
+
+def test_synth_in_parts(tmp_path, capsys):
+    flags = ["--num_stories=47", "--num_shards=5", "--seed=3"]
+    ts.main(["synth", f"--data_dir={tmp_path / 'a'}", *flags])
+    whole = content(tmp_path / "a")
+    for order in (("1/2", "2/2"), ("5/5", "1/5", "3/5", "2/5", "4/5"), ("1/1",), ("2/3", "1/2", "2/2")):
+        data = tmp_path / f"b{len(order)}{order[0][0]}"
+        for which in order[:-1]:
+            part("synth", which, data, *flags)
+            assert "still to come from other parts\n" in capsys.readouterr().out
+            refuses("no stories in", ts.shard_files, str(data))
+            refuses("has parts of other stories: finish those with --num_stories=47 --num_shards=5 --seed=3",
+                    part, "synth", "2/2", data, *flags[:2], "--seed=4")
+        (parts := data / "TinyStories_all_data.synth-47-5-3").mkdir(parents=True, exist_ok=True)
+        (parts / "data01.json.host-1.tmp").write_text("of a run that was killed")
+        part("synth", order[-1], data, *flags)
+        assert content(data) == whole
+        refuses("already holds stories", part, "synth", "1/2", data, *flags)
+    part("synth", "1/2", data, *flags[:2], "--seed=4", "--force")
+    assert content(data)["TinyStories_all_data/data00.json"] == whole["TinyStories_all_data/data00.json"]
+    part("synth", "2/2", data, *flags[:2], "--seed=4", "--force")
+    ts.main(["synth", f"--data_dir={tmp_path / 'a'}", *flags[:2], "--seed=4", "--force"])
+    assert content(data) == content(tmp_path / "a") != whole
+    for shards, count in ((3, 99), (9, 3)):
+        refuses("cannot be shared out to 4 parts; give both", part, "synth", "1/4", tmp_path / "c",
+                f"--num_shards={shards}", f"--num_stories={count}")
+
+
+def test_parts_at_the_same_time(tmp_path):
+    """As on three machines: three parts of synth at once, then three of pretokenize."""
+    flags = ["--num_stories=600", "--num_shards=7"]
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    ts.main(["synth", f"--data_dir={tmp_path / 'whole'}", *flags])
+    ts.main(["train_vocab", "--vocab_size=320", f"--data_dir={tmp_path / 'whole'}"])
+    (tmp_path / "parts" / "tok320.model").write_bytes((tmp_path / "whole" / "tok320.model").read_bytes())
+
+    def at_once(*args):
+        runs = [subprocess.Popen([sys.executable, ROOT / "tinystories.py", *args, f"--shard={i}/3",
+                                  f"--data_dir={tmp_path / 'parts'}"], stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True) for i in (1, 2, 3)]
+        said = [p.communicate(timeout=60)[0] for p in runs]
+        assert not any(p.returncode for p in runs), said
+
+    at_once("synth", *flags)
+    for path in (tmp_path / "whole" / "TinyStories_all_data").iterdir():
+        os.utime(tmp_path / "parts" / "TinyStories_all_data" / path.name, ns=(0, path.stat().st_mtime_ns))
+    at_once("pretokenize", "--vocab_size=320", "--num_workers=1")
+    ts.main(["pretokenize", "--vocab_size=320", f"--data_dir={tmp_path / 'whole'}"])
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+# ---- two at once -------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import tinystories
+with tinystories.claimed(sys.argv[2], *sys.argv[3].split(), shared=tuple(sys.argv[4].split())):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def held(data_dir, names="", shared=""):
+    """Another process holds locks."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, ROOT, data_dir, names, shared],
+                               stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process.pid
+    finally:
+        process.kill()  # what it locked is free again, though its lock files are there
+        process.wait()
+        process.stdout.close()
+
+
+def test_two_at_once(tok, tmp_path):
+    """A stage that writes what another writes or reads refuses in one line; what does not disturb, runs."""
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    stages = {
+        "import": ["import", str(tmp_path / "a.txt"), "--force"],
+        "synth": ["synth", "--force", "--num_stories=9"],
+        "part": ["synth", "--force", "--num_stories=9", "--num_shards=3", "--shard=1/3"],
+        "download": ["download", "--url=http://127.0.0.1:9/", "--force"],
+        "train_vocab": ["train_vocab", "--vocab_size=350"],
+        "pretokenize": ["pretokenize", "--vocab_size=350"],
+        "pre-part": ["pretokenize", "--vocab_size=350", "--shard=2/3"]}
+
+    def refused(*names):
+        before = content(tok)
+        for name in names:
+            refuses(f"{tok} is in use by {who}", ts.main, [*stages[name], f"--data_dir={tok}"])
+            assert content(tok) == before
+
+    def runs(*names):
+        for name in names:
+            ts.main([*stages[name], f"--data_dir={tok}"])
+
+    with held(tok, "stories") as pid:  # import, say
+        who = f"process {pid} on "
+        refused(*stages)
+    with held(tok, "tok350", "stories") as pid:  # pretokenize or train_vocab of this vocabulary
+        who = f"process {pid} on "
+        refused("train_vocab", "pretokenize", "pre-part")
+        who = "another process"  # of several, who knows
+        refused("import", "synth", "download")
+        runs("part")
+        ts.main(["train_vocab", "--vocab_size=340", f"--data_dir={tok}"])
+    with held(tok, "tok350-1-of-3", "stories tok350"):  # a part of pretokenize
+        refused("train_vocab", "pretokenize", "synth")
+        runs("pre-part")
+        part("pretokenize", "1/2", tok, "--vocab_size=350")
+        part("pretokenize", "2/2", tok, "--vocab_size=350")
+        refuses("is in use", part, "pretokenize", "1/3", tok, "--vocab_size=350")
+    with held(tok, "stories-1-of-3", "stories") as pid:  # a part of synth
+        refused("synth", "import")
+        who = f"process {pid} on "
+        refused("part")
+        runs("pretokenize", "train_vocab")
+    runs("pretokenize", "synth")
 
 
 def test_pretokenize_mistakes(tok, monkeypatch):
@@ -1093,6 +1270,6 @@ def test_from_text_to_tokens_as_commands(tmp_path):
     done = run("pretokenize", "--vocab_size=310", cwd=tmp_path, check=True)
     assert done.stderr == ""
     assert done.stdout.endswith("next: python train.py --vocab_source=custom --vocab_size=310\n")
-    assert sorted(os.listdir(tmp_path / "data")) == ["TinyStories_all_data", "tok310", "tok310.model"]
+    assert visible(tmp_path / "data") == ["TinyStories_all_data", "tok310", "tok310.model"]
     readonly = run("train_vocab", "--vocab_size=301", "--data_dir=/proc/none", cwd=tmp_path)
     assert readonly.returncode == 1 and readonly.stderr.count("\n") == 1
