@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import random
 import re
+import reprlib
 import shutil
 import signal
 import sys
@@ -56,6 +57,8 @@ BACKOFF = 1.0  # seconds before the second try, doubled for each one after it
 CHUNK = 1 << 20  # characters or bytes read at a time
 BATCH = 1 << 18  # characters tokenized at a time
 LONGEST_STORY = 64 << 20  # characters; more without an end means that the format was guessed wrong
+HEADERS = 1 << 20  # bytes that an archive may have between two of its files
+CONFUSED = (ValueError, OverflowError, IndexError, RecursionError, MemoryError)  # tarfile by hostile input
 MAX_VOCAB = 65536  # ids are stored as uint16
 BLOCK = 1 << 20  # bytes of a token shard that share a checksum
 META_FORMAT = 2
@@ -165,11 +168,13 @@ def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
                 have = 0  # a first attempt, a changed file, or a server that knows no ranges
                 open(part, "wb").close()
                 length = reply.headers.get("Content-Length", "")
+                total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
                 version = reply.headers.get("ETag", "W/")  # W/ marks a weak one, of no use for ranges
                 version = reply.headers.get("Last-Modified", "") if version.startswith("W/") else version
-                seen = {"url": url, "version": version, "total": int(length) if length.isdigit() else None}
+                seen = {"url": url, "version": version, "total": total}
                 with atomic_write(part + ".json", "w") as f:
                     json.dump(seen, f)
+            room = room_for(url, part, (seen["total"] or have) - have, flag)
             bar.total, bar.n = seen["total"], have
             bar.refresh()
             with open(part, "ab") as f:
@@ -177,12 +182,27 @@ def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
                     f.write(chunk)
                     bar.update(len(chunk))
                     have += len(chunk)
+                    room -= len(chunk)
+                    if room < 0:
+                        raise SystemExit(f"{url} sends more and more, {have:,} bytes by now, and would fill "
+                                         f"the disk; delete {part}, and check {flag}=URL")
     except (requests.Timeout, requests.ConnectionError, HTTPError) as e:  # urllib3's, while the body is read
         raise TryAgain(f"the connection failed after {have:,} bytes ({type(e).__name__})") from None
-    except requests.RequestException as e:
-        raise SystemExit(f"cannot download {url}: {e}; check {flag}=URL") from None
+    except (requests.RequestException, ValueError) as e:  # ValueError: an address that is none
+        why = " ".join(str(e).split())[:300]
+        raise SystemExit(f"cannot download {url}: {why}; check {flag}=URL") from None
     if seen["total"] not in (None, have):
         raise TryAgain(f"got {have:,} of {seen['total']:,} bytes")
+
+
+def room_for(url: str, part: str, size: int, flag: str) -> int:
+    """How many bytes a reply may bring: a part of the disk stays free whatever the server sends."""
+    free = shutil.disk_usage(os.path.dirname(part) or ".").free
+    room = free - free // 20
+    if size > room:
+        raise SystemExit(f"{url} has {size:,} bytes more, and the disk {free:,} free; make room, then run "
+                         f"the same again, or check {flag}=URL")
+    return room
 
 
 def partial_download(url: str, part: str) -> tuple[int, dict]:
@@ -190,9 +210,10 @@ def partial_download(url: str, part: str) -> tuple[int, dict]:
     try:
         with open(part + ".json", encoding="utf-8") as f:
             seen = json.load(f)
-        if seen["url"] == url and seen["version"] and seen["total"]:
+        version, total = seen["version"], seen["total"]
+        if seen["url"] == url and re.fullmatch("[!-~]([ -~]*[!-~])?", version) and type(total) is int:
             return os.path.getsize(part), seen
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         pass  # none, or a damaged note: start over
     return 0, {}
 
@@ -218,27 +239,65 @@ def forget(*paths: str) -> None:
             os.remove(path)
 
 
+class Measured:
+    """A file to read, of which tarfile may take no more at once than it has reason to.
+
+    It keeps long names and the like in memory, however long they claim to be.
+    """
+
+    def __init__(self, f: IO[bytes], limit: int):
+        self._f, self._limit, self.allowed = f, limit, HEADERS
+
+    def read(self, size: int) -> bytes:
+        data = self._f.read(size)
+        self.allowed -= len(data)
+        self._limit -= len(data)
+        if self.allowed < 0:
+            raise tarfile.ReadError("a header is too long")
+        if self._limit < 0:
+            raise tarfile.ReadError("it unpacks to far more than it should")
+        return data
+
+
 def extract(archive: str, folder: str) -> None:
     """Unpack the dataNN.json files of a .tar.gz into `folder`, which appears whole or not at all.
 
-    Only regular files are taken, each under the last part of its name: no path or link leads elsewhere.
+    Only regular files are taken, each under the last part of its name: no path or link leads elsewhere. What
+    unpacks to over a hundred times its size, or to more than the disk has room for, is refused.
     """
+    limit = 100 * os.path.getsize(archive) + HEADERS
     with new_folder(folder) as scratch:
         try:
-            with (open(archive, "rb") as raw, progress_bar("unpacking", os.path.getsize(archive)) as bar,
-                  gzip.open(raw) as plain, tarfile.open(fileobj=plain, mode="r|") as tar):
-                for member in tar:
-                    target = os.path.join(scratch, os.path.basename(member.name))
-                    if member.isreg() and shard_number(target) >= 0 and not os.path.exists(target):
-                        with atomic_write(target) as f:
-                            shutil.copyfileobj(tar.extractfile(member), f, CHUNK)
-                    bar.update(raw.tell() - bar.n)
+            with open(archive, "rb") as raw, gzip.open(raw) as unzipped:
+                plain = Measured(unzipped, limit)
+                take_shards(archive, plain, scratch, raw)
+                plain.allowed = limit
                 while plain.read(CHUNK):  # to its end, where gzip's checksum is
                     pass
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, *CONFUSED) as e:
             raise SystemExit(f"{archive} is damaged ({e}); delete it and run download again") from None
         if not os.listdir(scratch):
             raise SystemExit(f"{archive} holds no data00.json, data01.json, …; delete it and check --url=URL")
+
+
+def take_shards(archive: str, plain: Measured, folder: str, raw: IO[bytes]) -> None:
+    """Copy the shards in the tar file `plain`, the unzipped `raw`, into `folder`."""
+    room = shutil.disk_usage(folder).free
+    with (progress_bar("unpacking", os.path.getsize(archive)) as bar,
+          tarfile.open(fileobj=plain, mode="r|") as tar):
+        for member in tar:
+            if member.issparse():  # a few bytes that would become as many as it likes
+                raise tarfile.ReadError("a file with holes in it")
+            plain.allowed = member.size + HEADERS
+            target = os.path.join(folder, os.path.basename(member.name))
+            if member.isreg() and shard_number(target) >= 0 and not os.path.exists(target):
+                room -= member.size
+                if room < 0:
+                    raise SystemExit(f"{archive} unpacks to more than the disk has room for; make room, then "
+                                     "run the same again")
+                with atomic_write(target) as f:
+                    shutil.copyfileobj(tar.extractfile(member), f, CHUNK)
+            bar.update(raw.tell() - bar.n)
 
 
 def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, force: bool) -> None:
@@ -266,7 +325,7 @@ def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, fo
 
 def shard_number(path: str) -> int:
     """12 for …/data12.json; -1 for what is no shard."""
-    match = re.fullmatch(r"data(\d+)\.json", os.path.basename(path))
+    match = re.fullmatch(r"data([0-9]{1,9})\.json", os.path.basename(path))
     return int(match[1]) if match else -1
 
 
@@ -378,7 +437,10 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
     while mark != "]":
         peek()
         try:
-            value, at = decode(text, at)
+            value, end = decode(text, at)
+            if end == len(text) and isinstance(value, int | float) and grow():
+                continue  # there may be more digits
+            at = end
         except json.JSONDecodeError as e:  # wrong, or cut off by the end of the text we hold
             after = e.pos - at
             if len(text) - at > LONGEST_STORY or not grow():
@@ -386,6 +448,8 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
             continue
         except RecursionError:
             fail("nested too deeply")
+        except ValueError:  # Python's limit, against numbers that take hours to read
+            fail("a number of thousands of digits")
         yield value
         item += 1
         mark = peek()
@@ -404,7 +468,7 @@ def text_of(item: object, field: str | None, where: str) -> str:
     for name in names:
         if isinstance(item, dict) and isinstance(item.get(name), str):
             return item[name]
-    raise SystemExit(f"{where}: no text under {' or '.join(names)} in {json.dumps(item)[:60]}; "
+    raise SystemExit(f"{where}: no text under {' or '.join(names)} in {reprlib.repr(item)}; "
                      "name the field: --field=NAME")
 
 
@@ -420,7 +484,7 @@ def read_stories(path: str, progress: Callable[[int], object], separator: str = 
             if line.strip():
                 try:
                     item = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as e:
+                except (ValueError, RecursionError) as e:
                     raise SystemExit(f"{path}, line {i}: {e}; each line must be a JSON object") from None
                 yield text_of(item, field, f"{path}, line {i}")
     else:
@@ -925,6 +989,10 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
     shard_files(data_dir)  # are there any?
     with claimed(data_dir, *locks, shared=("stories", name) if shard else ("stories",)):
         sources = shard_files(data_dir)
+        if gaps := sorted(set(range(shard_number(sources[-1]))) - set(map(shard_number, sources))):
+            print(f"note: there is no {os.path.basename(shard_path('', gaps[0]))}"
+                  + f" (and {len(gaps) - 1} more)" * (len(gaps) > 1) + ": its stories are left out",
+                  file=sys.stderr)
         mine = sources[part - 1::parts]
         notes = TokenNotes(folder, tokenizer)
         before = {} if force else {source: entry for source, entry in notes.read(mine).items()
@@ -1342,7 +1410,7 @@ def is_entry(entry: object) -> bool:
             and all(type(count) is int and 0 <= count < 1 << 60 for count in counts)):
         return False
     source, sha256, crc32 = texts
-    return (re.fullmatch(r"data[0-9]+\.bin", name) is not None and source == name[:-4] + ".json"
+    return (re.fullmatch(r"data[0-9]{1,9}\.bin", name) is not None and source == name[:-4] + ".json"
             and re.fullmatch("[0-9a-f]{64}", sha256) is not None
             and re.fullmatch("[0-9a-f]*", crc32) is not None and len(crc32) == 8 * -(-2 * counts[0] // BLOCK)
             and type(entry.get("source_mtime_ns")) is int)
@@ -1403,6 +1471,12 @@ def shard_count(value: str) -> int:
     return int(value)
 
 
+def text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty")
+    return value
+
+
 def part(value: str) -> tuple[int, int]:
     """(2, 4) for "2/4"."""
     match = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", value)
@@ -1443,8 +1517,9 @@ def make_cli() -> CommandLine:
 
     p = stage("import", import_files, "Make shards of your own text: .txt, .json, .jsonl", replace)
     p.add_argument("paths", nargs="+", metavar="FILE", help="text, a JSON list, or a JSON object per line")
-    p.add_argument("--separator", default="endoftext", help="what stands between the stories of a text file: "
-                   "endoftext (<|endoftext|>), blank (blank lines), or any other text, \\n being a new line")
+    p.add_argument("--separator", type=text, default="endoftext",
+                   help="what stands between the stories of a text file: endoftext (<|endoftext|>), blank "
+                   "(blank lines), or any other text, \\n being a new line")
     p.add_argument("--field", help="where a JSON object has its text (default: story, else text)")
     p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="decides which stories are for validation")

@@ -20,7 +20,7 @@ import platform
 import struct
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import IO
 
@@ -90,8 +90,8 @@ def lock(folder: str, name: str = ".lock", other: str = "another folder", shared
                          ) from None
     f.truncate(0)
     if not shared:  # there, it would be the last to come, who may be gone while others are not
-        f.write(f"process {os.getpid()} on {platform.node()}\n")
-        f.flush()
+        with suppress(OSError):  # a full disk: locked it is all the same
+            os.write(f.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
     return f
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,10 +126,10 @@ def server(monkeypatch):
     s.server_close()
 
 
-def fetched(server, path, **kwargs):
+def fetched(server, path, alone=True, **kwargs):
     ts.fetch(server.url, str(path), **kwargs)
     assert path.read_bytes() == server.data
-    assert os.listdir(path.parent) == [path.name]
+    assert not alone or os.listdir(path.parent) == [path.name]
     return [request.get("Range") for request in server.requests]
 
 
@@ -952,6 +954,105 @@ def test_no_torch_for_pretokenize(tok):
             "assert 'torch' not in sys.modules and 'requests' not in sys.modules")
     subprocess.run([sys.executable, "-c", code, ROOT, "pretokenize", "--vocab_size=350", "--data_dir", tok],
                    check=True, capture_output=True)
+
+
+# ---- a full disk, a read-only one, what is gone, a wrong clock ---------------------------------------
+
+def small_disk(folder):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+
+
+def same_but_for_clocks(a, b):
+    a, b = ({name: re.sub(rb'"source_mtime_ns": -?\d+', b"", data) for name, data in content(folder).items()}
+            for folder in (a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("how", ["file size limit", "full disk", "read-only"])
+def test_no_room(tmp_path, how, server):
+    """Every stage says so in one line, leaves what is there as it was, and goes on when there is room."""
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, stories(200))))
+    few = "--num_shards=3"
+    stages = [["import", str(tmp_path / "a.jsonl"), few], ["train_vocab", "--vocab_size=330"],
+              ["pretokenize", "--vocab_size=330"], ["synth", "--num_stories=250", few, "--force"]]
+    for stage in stages:
+        ts.main([*stage, f"--data_dir={tmp_path / 'reference'}"])
+    work = tmp_path / "disk"
+    work.mkdir() if how == "file size limit" else small_disk(work)
+    try:
+        data = work / "data"
+        data.mkdir()
+        for stage in stages:
+            before, limit = content(work), None
+            if how == "file size limit":
+                limit = resource_limit
+            elif how == "full disk":
+                with contextlib.suppress(OSError), open(work / "filler", "wb", buffering=0) as f:
+                    while True:
+                        f.write(bytes(4096))
+                before = content(work)
+            else:
+                subprocess.run(["mount", "-o", "remount,ro", work], check=True)
+            if limit or stage[0] == "import":
+                done = subprocess.run([sys.executable, ROOT / "tinystories.py", *stage, "--data_dir", data],
+                                      capture_output=True, text=True, preexec_fn=limit)
+                assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stdout == "", done
+                assert "then run the same again" in done.stderr, done.stderr
+            else:
+                refuses("then run the same again", ts.main, [*stage, f"--data_dir={data}"])
+            after = {name: data for name, data in content(work).items() if not name.endswith(".tmp")}
+            assert after == before  # a worker that was stopped in turn may leave one; the next run clears it
+            if how == "full disk":
+                (work / "filler").unlink()
+            elif how == "read-only":
+                subprocess.run(["mount", "-o", "remount,rw", work], check=True)
+            ts.main([*stage, f"--data_dir={data}"])
+        assert same_but_for_clocks(data, tmp_path / "reference")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=200_000))
+            refuses("has 300,000 bytes more, and the disk 200,000 free",
+                    ts.fetch, server.url, str(data / "f"))
+        assert fetched(server, data / "f", alone=False)
+    finally:
+        if how != "file size limit":
+            subprocess.run(["umount", "-l", work], check=True)
+
+
+def resource_limit():
+    import resource  # not on Windows
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+def test_what_is_gone_is_told(tok, capsys):
+    args = ["pretokenize", "--vocab_size=350", "--data_dir=" + tok]
+    ts.main(args)
+    for i in (1, 3):
+        Path(ts.shard_files(tok)[0]).with_name(f"data0{i}.json").unlink()
+    capsys.readouterr()
+    ts.main(args)
+    assert capsys.readouterr().err == "note: there is no data01.json (and 1 more): its stories are left out\n"
+    meta = ts.read_meta(ts.token_dir(tok, 350))
+    assert [shard["name"] for shard in meta["shards"]] == ["data00.bin", "data02.bin", "data04.bin"]
+
+
+@pytest.mark.parametrize("seconds", [0, -10**9, 2**33])
+def test_clocks_do_not_matter(tok, seconds, capsys):
+    """Files of the future, of before 1970, and one that was changed while the clock went back."""
+    for path in ts.shard_files(tok):
+        os.utime(path, (seconds, seconds))
+    args = ["pretokenize", "--vocab_size=350", "--data_dir=" + tok]
+    ts.main(args)
+    os.utime(ts.shard_files(tok)[2], (seconds - 5, seconds - 5))
+    capsys.readouterr()
+    ts.main(args)
+    assert "(4 of 5 shards were up to date)" in capsys.readouterr().out
+    ts.main(args)
+    assert "(5 of 5 shards were up to date)" in capsys.readouterr().out
+    ts.read_meta(ts.token_dir(tok, 350))
 
 
 # ---- TokenBatches ------------------------------------------------------------------------------------
