@@ -15,6 +15,7 @@ Not for: cleaning or deduplicating text, data loading over a network, vocabulari
 """
 
 import argparse
+import glob
 import gzip
 import hashlib
 import io
@@ -24,6 +25,7 @@ import multiprocessing
 import os
 import random
 import re
+import reprlib
 import shutil
 import signal
 import sys
@@ -35,13 +37,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO
 
 import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from tokenizer import CommandLine, Tokenizer, atomic_write, tokenizer_path, whole
+from tokenizer import CommandLine, Tokenizer, atomic_write, lock, tokenizer_path, whole
 
 STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 SMALL_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-valid.txt"
@@ -54,8 +57,11 @@ BACKOFF = 1.0  # seconds before the second try, doubled for each one after it
 CHUNK = 1 << 20  # characters or bytes read at a time
 BATCH = 1 << 18  # characters tokenized at a time
 LONGEST_STORY = 64 << 20  # characters; more without an end means that the format was guessed wrong
+HEADERS = 1 << 20  # bytes that an archive may have between two of its files
+CONFUSED = (ValueError, OverflowError, IndexError, RecursionError, MemoryError)  # tarfile by hostile input
 MAX_VOCAB = 65536  # ids are stored as uint16
-META_FORMAT = 1
+BLOCK = 1 << 20  # bytes of a token shard that share a checksum
+META_FORMAT = 2
 
 
 # ---- paths and messages ------------------------------------------------------------------------------
@@ -80,6 +86,21 @@ def command(stage: str, data_dir: str = "data", vocab_size: int = 0, more: str =
     words += [f"--vocab_size={vocab_size}"] * (vocab_size > 0)
     words += [f"--data_dir={data_dir}"] * (data_dir != "data")
     return " ".join(words + [more] * bool(more))
+
+
+@contextmanager
+def claimed(data_dir: str, *names: str, shared: tuple[str, ...] = ()) -> Iterator[None]:
+    """Hold locks in `data_dir` meanwhile: `names` alone, `shared` together with others that share them.
+
+    "stories" stands for the text, "tokN" for a vocabulary and its tokens. SystemExit if another has one.
+    """
+    os.makedirs(data_dir, exist_ok=True)
+    with ExitStack() as stack:
+        for name in (*names, *shared):
+            held = lock(data_dir, f".{name}.lock", "another --data_dir", shared=name in shared)
+            if held:
+                stack.callback(held.close)
+        yield
 
 
 def progress_bar(title: str, total: int | None = None) -> tqdm:
@@ -123,11 +144,11 @@ def fetch(url: str, path: str, sha256: str | None = None, flag: str = "--url") -
         os.fsync(f.fileno())
         found = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else None
     if found != sha256:
-        forget(part)
+        forget(part, part + ".json")
         raise SystemExit(f"{url} has the wrong content (sha256 {found[:12]}…, not {sha256[:12]}…) and was "
                          f"dropped; run the same again, or give another address with {flag}=URL")
     os.replace(part, path)
-    forget(part)
+    forget(part, part + ".json")
 
 
 def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
@@ -147,11 +168,13 @@ def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
                 have = 0  # a first attempt, a changed file, or a server that knows no ranges
                 open(part, "wb").close()
                 length = reply.headers.get("Content-Length", "")
+                total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
                 version = reply.headers.get("ETag", "W/")  # W/ marks a weak one, of no use for ranges
                 version = reply.headers.get("Last-Modified", "") if version.startswith("W/") else version
-                seen = {"url": url, "version": version, "total": int(length) if length.isdigit() else None}
+                seen = {"url": url, "version": version, "total": total}
                 with atomic_write(part + ".json", "w") as f:
                     json.dump(seen, f)
+            room = room_for(url, part, (seen["total"] or have) - have, flag)
             bar.total, bar.n = seen["total"], have
             bar.refresh()
             with open(part, "ab") as f:
@@ -159,12 +182,27 @@ def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
                     f.write(chunk)
                     bar.update(len(chunk))
                     have += len(chunk)
+                    room -= len(chunk)
+                    if room < 0:
+                        raise SystemExit(f"{url} sends more and more, {have:,} bytes by now, and would fill "
+                                         f"the disk; delete {part}, and check {flag}=URL")
     except (requests.Timeout, requests.ConnectionError, HTTPError) as e:  # urllib3's, while the body is read
         raise TryAgain(f"the connection failed after {have:,} bytes ({type(e).__name__})") from None
-    except requests.RequestException as e:
-        raise SystemExit(f"cannot download {url}: {e}; check {flag}=URL") from None
+    except (requests.RequestException, ValueError) as e:  # ValueError: an address that is none
+        why = " ".join(str(e).split())[:300]
+        raise SystemExit(f"cannot download {url}: {why}; check {flag}=URL") from None
     if seen["total"] not in (None, have):
         raise TryAgain(f"got {have:,} of {seen['total']:,} bytes")
+
+
+def room_for(url: str, part: str, size: int, flag: str) -> int:
+    """How many bytes a reply may bring: a part of the disk stays free whatever the server sends."""
+    free = shutil.disk_usage(os.path.dirname(part) or ".").free
+    room = free - free // 20
+    if size > room:
+        raise SystemExit(f"{url} has {size:,} bytes more, and the disk {free:,} free; make room, then run "
+                         f"the same again, or check {flag}=URL")
+    return room
 
 
 def partial_download(url: str, part: str) -> tuple[int, dict]:
@@ -172,9 +210,10 @@ def partial_download(url: str, part: str) -> tuple[int, dict]:
     try:
         with open(part + ".json", encoding="utf-8") as f:
             seen = json.load(f)
-        if seen["url"] == url and seen["version"] and seen["total"]:
+        version, total = seen["version"], seen["total"]
+        if seen["url"] == url and re.fullmatch("[!-~]([ -~]*[!-~])?", version) and type(total) is int:
             return os.path.getsize(part), seen
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         pass  # none, or a damaged note: start over
     return 0, {}
 
@@ -187,59 +226,98 @@ def is_rest(reply, part: str, have: int, total: int | None, flag: str) -> bool:
     if status == 206 and have and reply.headers.get("Content-Range") == f"bytes {have}-{total - 1}/{total}":
         return True
     if status in (206, 416):  # not the range that was asked for: what we have is of no use
-        forget(part)
+        forget(part, part + ".json")
         raise TryAgain("the server has another version of the file")
     if status in (408, 425, 429) or status >= 500:
         raise TryAgain(why)
     raise SystemExit(f"cannot download {reply.url}: {why}; check {flag}=URL")
 
 
-def forget(part: str) -> None:
-    for path in (part, part + ".json"):
-        if os.path.exists(path):
+def forget(*paths: str) -> None:
+    for path in paths:
+        with suppress(FileNotFoundError):
             os.remove(path)
+
+
+class Measured:
+    """A file to read, of which tarfile may take no more at once than it has reason to.
+
+    It keeps long names and the like in memory, however long they claim to be.
+    """
+
+    def __init__(self, f: IO[bytes], limit: int):
+        self._f, self._limit, self.allowed = f, limit, HEADERS
+
+    def read(self, size: int) -> bytes:
+        data = self._f.read(size)
+        self.allowed -= len(data)
+        self._limit -= len(data)
+        if self.allowed < 0:
+            raise tarfile.ReadError("a header is too long")
+        if self._limit < 0:
+            raise tarfile.ReadError("it unpacks to far more than it should")
+        return data
 
 
 def extract(archive: str, folder: str) -> None:
     """Unpack the dataNN.json files of a .tar.gz into `folder`, which appears whole or not at all.
 
-    Only regular files are taken, each under the last part of its name: no path or link leads elsewhere.
+    Only regular files are taken, each under the last part of its name: no path or link leads elsewhere. What
+    unpacks to over a hundred times its size, or to more than the disk has room for, is refused.
     """
+    limit = 100 * os.path.getsize(archive) + HEADERS
     with new_folder(folder) as scratch:
         try:
-            with (open(archive, "rb") as raw, progress_bar("unpacking", os.path.getsize(archive)) as bar,
-                  gzip.open(raw) as plain, tarfile.open(fileobj=plain, mode="r|") as tar):
-                for member in tar:
-                    target = os.path.join(scratch, os.path.basename(member.name))
-                    if member.isreg() and shard_number(target) >= 0 and not os.path.exists(target):
-                        with atomic_write(target) as f:
-                            shutil.copyfileobj(tar.extractfile(member), f, CHUNK)
-                    bar.update(raw.tell() - bar.n)
+            with open(archive, "rb") as raw, gzip.open(raw) as unzipped:
+                plain = Measured(unzipped, limit)
+                take_shards(archive, plain, scratch, raw)
+                plain.allowed = limit
                 while plain.read(CHUNK):  # to its end, where gzip's checksum is
                     pass
-        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, *CONFUSED) as e:
             raise SystemExit(f"{archive} is damaged ({e}); delete it and run download again") from None
         if not os.listdir(scratch):
             raise SystemExit(f"{archive} holds no data00.json, data01.json, …; delete it and check --url=URL")
 
 
+def take_shards(archive: str, plain: Measured, folder: str, raw: IO[bytes]) -> None:
+    """Copy the shards in the tar file `plain`, the unzipped `raw`, into `folder`."""
+    room = shutil.disk_usage(folder).free
+    with (progress_bar("unpacking", os.path.getsize(archive)) as bar,
+          tarfile.open(fileobj=plain, mode="r|") as tar):
+        for member in tar:
+            if member.issparse():  # a few bytes that would become as many as it likes
+                raise tarfile.ReadError("a file with holes in it")
+            plain.allowed = member.size + HEADERS
+            target = os.path.join(folder, os.path.basename(member.name))
+            if member.isreg() and shard_number(target) >= 0 and not os.path.exists(target):
+                room -= member.size
+                if room < 0:
+                    raise SystemExit(f"{archive} unpacks to more than the disk has room for; make room, then "
+                                     "run the same again")
+                with atomic_write(target) as f:
+                    shutil.copyfileobj(tar.extractfile(member), f, CHUNK)
+            bar.update(raw.tell() - bar.n)
+
+
 def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, force: bool) -> None:
     """Stage `download`: the stories (`small`: only those for validation) and the Llama 2 tokenizer."""
-    os.makedirs(data_dir, exist_ok=True)
     folder = stories_dir(data_dir)
     file = os.path.join(data_dir, "TinyStories-valid.txt" if small else "TinyStories_all_data.tar.gz")
-    if os.path.isdir(folder) and not force:
-        print(f"{folder} is already there: {len(os.listdir(folder))} files; --force replaces it")
-    else:
-        fetch(url or (SMALL_URL if small else STORIES_URL), file)
-        if small:
-            import_files([file], data_dir, force=force)
-        else:
-            extract(file, folder)
-            print(f"{folder}: {len(shard_files(data_dir))} shards; {file} is no longer needed")
     model = tokenizer_path(data_dir, 0)
-    fetch(tokenizer_url, model, TOKENIZER_SHA256, "--tokenizer_url")
-    print(f"{Tokenizer(model).export()}: the Llama 2 tokenizer for run.c")
+    with claimed(data_dir, "stories", "tokenizer"):
+        restore(folder)
+        if os.path.isdir(folder) and not force:
+            print(f"{folder} is already there: {len(os.listdir(folder))} files; --force replaces it")
+        else:
+            fetch(url or (SMALL_URL if small else STORIES_URL), file)
+            if small:
+                import_into([file], data_dir, force=force)
+            else:
+                extract(file, folder)
+                print(f"{folder}: {len(shard_files(data_dir))} shards; {file} is no longer needed")
+        fetch(tokenizer_url, model, TOKENIZER_SHA256, "--tokenizer_url")
+        print(f"{Tokenizer(model).export()}: the Llama 2 tokenizer for run.c")
     print(f"next: {command('pretokenize', data_dir)}  (or first train_vocab, for a smaller vocabulary)")
 
 
@@ -247,15 +325,14 @@ def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, fo
 
 def shard_number(path: str) -> int:
     """12 for …/data12.json; -1 for what is no shard."""
-    match = re.fullmatch(r"data(\d+)\.json", os.path.basename(path))
+    match = re.fullmatch(r"data([0-9]{1,9})\.json", os.path.basename(path))
     return int(match[1]) if match else -1
 
 
 def shard_files(data_dir: str) -> list[str]:
     """Paths of the text shards by number: the first is data00, for validation; at least one more follows."""
     folder = stories_dir(data_dir)
-    if not os.path.isdir(folder) and os.path.isdir(folder + ".old"):  # killed inside new_folder
-        os.rename(folder + ".old", folder)
+    restore(folder)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = sorted((name for name in names if shard_number(name) >= 0), key=shard_number)
     if len(names) < 2 or shard_number(names[0]) != 0:
@@ -268,20 +345,32 @@ def shard_files(data_dir: str) -> list[str]:
 def new_folder(folder: str) -> Iterator[str]:
     """An empty folder that takes the place of `folder` at the end, or is gone after an exception.
 
-    Between its two renames the old one is `folder`.old, where shard_files finds it after a crash.
+    Between two renames the old one is `folder`.old, where `restore` finds it after a crash.
     """
-    scratch, old = folder + ".tmp", folder + ".old"
+    scratch = folder + ".tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     os.makedirs(scratch)
     try:
         yield scratch
-        if os.path.isdir(folder):
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_folder(new: str, folder: str) -> None:
+    """Rename `new` to `folder`, in place of what is there."""
+    old = folder + ".old"
+    if os.path.isdir(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: str) -> None:
+    """Bring back what a run that was killed inside replace_folder left under another name."""
+    if not os.path.isdir(folder) and os.path.isdir(folder + ".old"):
+        os.rename(folder + ".old", folder)
 
 
 def read_text(path: str, progress: Callable[[int], object]) -> Iterator[str]:
@@ -348,7 +437,10 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
     while mark != "]":
         peek()
         try:
-            value, at = decode(text, at)
+            value, end = decode(text, at)
+            if end == len(text) and isinstance(value, int | float) and grow():
+                continue  # there may be more digits
+            at = end
         except json.JSONDecodeError as e:  # wrong, or cut off by the end of the text we hold
             after = e.pos - at
             if len(text) - at > LONGEST_STORY or not grow():
@@ -356,6 +448,8 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
             continue
         except RecursionError:
             fail("nested too deeply")
+        except ValueError:  # Python's limit, against numbers that take hours to read
+            fail("a number of thousands of digits")
         yield value
         item += 1
         mark = peek()
@@ -374,7 +468,7 @@ def text_of(item: object, field: str | None, where: str) -> str:
     for name in names:
         if isinstance(item, dict) and isinstance(item.get(name), str):
             return item[name]
-    raise SystemExit(f"{where}: no text under {' or '.join(names)} in {json.dumps(item)[:60]}; "
+    raise SystemExit(f"{where}: no text under {' or '.join(names)} in {reprlib.repr(item)}; "
                      "name the field: --field=NAME")
 
 
@@ -390,11 +484,21 @@ def read_stories(path: str, progress: Callable[[int], object], separator: str = 
             if line.strip():
                 try:
                     item = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as e:
+                except (ValueError, RecursionError) as e:
                     raise SystemExit(f"{path}, line {i}: {e}; each line must be a JSON object") from None
                 yield text_of(item, field, f"{path}, line {i}")
     else:
         yield from read_pieces(path, separator, progress)
+
+
+def free_stories_dir(data_dir: str, force: bool) -> str:
+    """The folder of the text shards, which must not be there yet unless `force`."""
+    folder = stories_dir(data_dir)
+    restore(folder)
+    if os.path.isdir(folder) and not force:
+        raise SystemExit(f"{folder} already holds stories; --force replaces them, "
+                         "--data_dir=DIR puts these elsewhere")
+    return folder
 
 
 def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: int, force: bool) -> None:
@@ -403,10 +507,7 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     Of each `num_shards` stories in a row every shard gets one, by a seeded shuffle: shard 00 is a fair sample
     of the whole, and memory does not grow. With fewer stories than that there is a shard for each.
     """
-    folder = stories_dir(data_dir)
-    if os.path.isdir(folder) and not force:
-        raise SystemExit(f"{folder} already holds stories; --force replaces them, "
-                         "--data_dir=DIR puts these elsewhere")
+    folder = free_stories_dir(data_dir, force)
     empty = 0
 
     def not_empty() -> Iterator[str]:
@@ -425,12 +526,10 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     rng = random.Random(seed)
     counts = [0] * len(block)
     with new_folder(folder) as scratch, ExitStack() as stack:
-        files = [stack.enter_context(atomic_write(os.path.join(scratch, f"data{i:02d}.json"), "w"))
-                 for i in range(len(block))]
+        files = [stack.enter_context(atomic_write(shard_path(scratch, i), "w")) for i in range(len(block))]
         while block:
             for i, text in zip(rng.sample(range(len(files)), len(block)), block, strict=False):
-                files[i].write(",\n" if counts[i] else "[\n")
-                json.dump({"story": text}, files[i])
+                write_story(files[i], text, first=not counts[i])
                 counts[i] += 1
             block = list(itertools.islice(kept, num_shards))
         for f in files:
@@ -438,6 +537,16 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     print(f"{folder}: {sum(counts):,} stories in {len(counts)} shards, {counts[0]:,} of them for validation"
           + f"; {empty:,} empty ones left out" * (empty > 0))
     print(f"next: {command('train_vocab', data_dir, 4096)}")
+
+
+def shard_path(folder: str, i: int) -> str:
+    return os.path.join(folder, f"data{i:02d}.json")
+
+
+def write_story(f: IO[str], text: str, first: bool) -> None:
+    """The next item of a shard's list, which its writer ends with "\\n]\\n"."""
+    f.write("[\n" if first else ",\n")
+    json.dump({"story": text}, f)
 
 
 def import_files(paths: list[str], data_dir: str, separator: str = "endoftext", field: str | None = None,
@@ -448,16 +557,82 @@ def import_files(paths: list[str], data_dir: str, separator: str = "endoftext", 
         if not os.path.isfile(path):
             raise SystemExit(f"no such file: {path}; run: {command('import', data_dir, more='FILE.txt')} "
                              "(or .json, .jsonl)")
+    with claimed(data_dir, "stories"):
+        import_into(paths, data_dir, separator, field, num_shards, seed, force)
+
+
+def import_into(paths: list[str], data_dir: str, separator: str = "<|endoftext|>", field: str | None = None,
+                num_shards: int = 10, seed: int = 1337, force: bool = False) -> None:
     with progress_bar("importing", sum(map(os.path.getsize, paths))) as bar:
         write_shards((story for path in paths for story in read_stories(path, bar.update, separator, field)),
                      data_dir, num_shards, seed, force)
 
 
-def synth(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bool) -> None:
+def synth(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bool,
+          shard: tuple[int, int] | None = None) -> None:
     """Stage `synth`. Story i depends on the seed and i alone, not on the machine or num_stories."""
+    if shard:
+        part, parts = shard
+        with claimed(data_dir, f"stories-{part}-of-{parts}", shared=("stories",)):
+            synth_part(data_dir, num_stories, num_shards, seed, force, part, parts)
+        return
     stories = (synth_story(random.Random(f"{seed}:{i}")) for i in range(num_stories))
     stories = tqdm(stories, "writing", num_stories, disable=None, leave=False)
-    write_shards(stories, data_dir, num_shards, seed, force)
+    with claimed(data_dir, "stories"):
+        write_shards(stories, data_dir, num_shards, seed, force)
+
+
+def synth_part(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bool, part: int,
+               parts: int) -> None:
+    """Every `parts`-th shard of what synth writes. Whoever finds that none is missing puts them together.
+
+    Until then they are in a folder named after all that they depend on, so that different ones never mix.
+    """
+    folder, count = free_stories_dir(data_dir, force), min(num_shards, num_stories)
+    if not 2 <= count >= parts:
+        raise SystemExit(f"{num_stories} stories in {num_shards} shards cannot be shared out to {parts} "
+                         f"parts; give both --num_stories and --num_shards at least {max(2, parts)}")
+    begun = f"{folder}.synth-{num_stories}-{num_shards}-{seed}"
+    for other in sorted(set(glob.glob(glob.escape(folder) + ".synth-*")) - {begun}):
+        stories, shards, chance = other.rpartition(".synth-")[2].split("-", 2)
+        raise SystemExit(f"{other} has parts of other stories: finish those with --num_stories={stories} "
+                         f"--num_shards={shards} --seed={chance}, or delete that folder")
+    os.makedirs(begun, exist_ok=True)
+    todo = [i for i in range(part - 1, count, parts) if not os.path.exists(shard_path(begun, i))]
+    rng, written = random.Random(seed), dict.fromkeys(todo, 0)
+    with ExitStack() as stack:
+        files = {i: stack.enter_context(atomic_write(shard_path(begun, i), "w")) for i in todo}
+        starts = range(0, num_stories if todo else 0, num_shards)
+        for start in tqdm(starts, "writing", disable=None, leave=False):
+            order = rng.sample(range(count), min(num_shards, num_stories - start))  # as write_shards deals
+            for story, i in enumerate(order, start):
+                if i in files:
+                    text = synth_story(random.Random(f"{seed}:{story}"))
+                    write_story(files[i], text.strip(), first=not written[i])
+                    written[i] += 1
+        for f in files.values():
+            f.write("\n]\n")
+    missing = [i for i in range(count) if os.path.isdir(begun) and not os.path.exists(shard_path(begun, i))]
+    if missing:
+        print(f"part {part} of {parts} is done; {len(missing)} of {count} shards are still to come "
+              f"from other parts")
+        return
+    put_together(begun, folder)
+    print(f"{folder}: {num_stories:,} stories in {count} shards")
+    print(f"next: {command('train_vocab', data_dir, 4096)}")
+
+
+def put_together(parts: str, folder: str) -> None:
+    """Make `folder` of its complete parts, unless another process does so at this moment."""
+    try:
+        with claimed(os.path.dirname(folder), "stories-parts"):
+            if os.path.isdir(parts):  # else it has been done
+                for name in os.listdir(parts):
+                    if shard_number(name) < 0:  # left over from a run that was killed
+                        os.remove(os.path.join(parts, name))
+                replace_folder(parts, folder)
+    except SystemExit:
+        print("another part is putting them together")
 
 
 # ---- the story grammar -------------------------------------------------------------------------------
@@ -739,6 +914,18 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
     if not 0 < vocab_size <= MAX_VOCAB:
         raise SystemExit(f"--vocab_size={vocab_size} is not between 1 and {MAX_VOCAB} (16 bits per token); "
                          f"run: {command('train_vocab', data_dir, 4096)}")
+    shard_files(data_dir)  # are there any? else no folder should come of it
+    with claimed(data_dir, f"tok{vocab_size}", shared=("stories",)):
+        proto, shards = make_vocab(data_dir, vocab_size, num_shards)
+        model = tokenizer_path(data_dir, vocab_size)
+        with atomic_write(model) as f:
+            f.write(proto)
+    print(f"{model}: {vocab_size} pieces from {shards} shards; next: "
+          + command("pretokenize", data_dir, vocab_size))
+
+
+def make_vocab(data_dir: str, vocab_size: int, num_shards: int) -> tuple[bytes, int]:
+    """A sentencepiece model, and the number of shards that it was made from."""
     shards = shard_files(data_dir)[1:1 + num_shards]
     failure: list[SystemExit] = []
 
@@ -766,11 +953,7 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
             minloglevel=2)
     except RuntimeError as e:
         raise failure[0] if failure else vocab_error(str(e), data_dir, vocab_size) from None
-    model = tokenizer_path(data_dir, vocab_size)
-    with atomic_write(model) as f:
-        f.write(proto.getvalue())
-    print(f"{model}: {vocab_size} pieces from {len(shards)} shards; next: "
-          + command("pretokenize", data_dir, vocab_size))
+    return proto.getvalue(), len(shards)
 
 
 def vocab_error(message: str, data_dir: str, vocab_size: int) -> SystemExit:
@@ -787,43 +970,99 @@ def vocab_error(message: str, data_dir: str, vocab_size: int) -> SystemExit:
 
 # ---- pretokenize -------------------------------------------------------------------------------------
 
-def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int) -> None:
+def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
+                shard: tuple[int, int] | None = None) -> None:
     """Stage `pretokenize`: every shard as uint16 tokens, a shard per process at a time.
 
-    Shards that are done already, also by an interrupted run, are skipped. meta.json says what the shards
-    hold and comes last; while it is missing nothing can be read.
+    Shards that are done already, also by an interrupted run, are skipped. Each leaves a note behind,
+    dataNN.partial.json; meta.json, of all notes, comes last, and while it is missing nothing can be read.
+    A part of several (`shard`) does its share of the shards; who finds none missing writes meta.json.
     """
     tokenizer = Tokenizer(tokenizer_path(data_dir, vocab_size))
     if vocab_size not in (0, tokenizer.vocab_size) or tokenizer.vocab_size > MAX_VOCAB:
         raise SystemExit(f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces, "
                          f"not {vocab_size or 32000} (at most {MAX_VOCAB}); run: "
                          + command("train_vocab", data_dir, vocab_size or 4096))
-    sources = shard_files(data_dir)
-    folder = token_dir(data_dir, vocab_size)
-    os.makedirs(folder, exist_ok=True)
-    head = {"format": META_FORMAT, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.sha256,
-            "bos_id": tokenizer.bos_id}
-    done = {} if force else shards_done(folder, head, sources)
-    todo = [source for source in sources if source not in done]
-    final, partial = os.path.join(folder, "meta.json"), os.path.join(folder, "meta.json.partial")
-
-    def save() -> None:
-        with atomic_write(partial, "w") as f:
-            json.dump(head | {"shards": [done[source] for source in sources if source in done]}, f, indent=1)
-
-    save()
-    if todo and os.path.exists(final):
-        os.remove(final)
-    for source, entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
-        done[source] = entry
-        save()
-    os.replace(partial, final)
+    folder, (part, parts) = token_dir(data_dir, vocab_size), shard or (1, 1)
+    name = os.path.basename(folder)
+    locks = (f"{name}-{part}-of-{parts}",) if shard else (name,)
+    shard_files(data_dir)  # are there any?
+    with claimed(data_dir, *locks, shared=("stories", name) if shard else ("stories",)):
+        sources = shard_files(data_dir)
+        if gaps := sorted(set(range(shard_number(sources[-1]))) - set(map(shard_number, sources))):
+            print(f"note: there is no {os.path.basename(shard_path('', gaps[0]))}"
+                  + f" (and {len(gaps) - 1} more)" * (len(gaps) > 1) + ": its stories are left out",
+                  file=sys.stderr)
+        mine = sources[part - 1::parts]
+        notes = TokenNotes(folder, tokenizer)
+        before = {} if force else {source: entry for source, entry in notes.read(mine).items()
+                                   if is_whole(folder, entry)}
+        todo = [source for source in mine if source not in before]
+        if todo:
+            notes.open(sources, todo)
+        for _, entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
+            notes.write(entry)
+        done = notes.read(sources)
+        if len(done) < len(sources):
+            print(f"part {part} of {parts} is done; {len(sources) - len(done)} of {len(sources)} shards are "
+                  "still to come from other parts")
+            return
+        notes.close(list(done.values()))
     stories, tokens, size = (sum(entry[key] for entry in done.values())
                              for key in ("stories", "tokens", "bytes"))
     print(f"{folder}: {stories:,} stories, {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes each"
-          + f" ({len(sources) - len(todo)} of {len(sources)} shards were up to date)" * (todo != sources))
+          + f" ({len(mine) - len(todo)} of {len(mine)} shards were up to date)" * (todo != mine))
     flags = f"--vocab_source=custom --vocab_size={vocab_size}" if vocab_size else "--vocab_source=llama2"
     print(f"next: python train.py {flags}" + f" --data_dir={data_dir}" * (data_dir != "data"))
+
+
+class TokenNotes:
+    """What a token folder knows of its shards: meta.json when all are done, until then a note for each."""
+
+    def __init__(self, folder: str, tokenizer: Tokenizer):
+        os.makedirs(folder, exist_ok=True)
+        self.folder, self.meta = folder, os.path.join(folder, "meta.json")
+        self.head = {"format": META_FORMAT, "vocab_size": tokenizer.vocab_size,
+                     "tokenizer_sha256": tokenizer.sha256, "bos_id": tokenizer.bos_id}
+
+    def notes(self) -> list[str]:
+        return glob.glob(os.path.join(glob.escape(self.folder), "*.partial.json"))
+
+    def read(self, sources: list[str]) -> dict[str, dict]:
+        """By source, in order, the entries of shards made by a run like this one and of their size."""
+        entries = {}
+        # twice: meanwhile another part may turn notes into meta.json, or meta.json into notes
+        for path in itertools.chain([self.meta], self.notes(), [self.meta]):
+            try:
+                with open(path, encoding="utf-8") as f:
+                    meta = json.load(f)
+                if self.head.items() <= meta.items():
+                    entries |= {entry["source"]: entry for entry in meta["shards"] if is_entry(entry)}
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue  # missing or damaged: do its shards again
+        return {source: entry for source in sources
+                if (entry := entries.get(os.path.basename(source)))
+                and source_state(source).items() <= entry.items()
+                and file_size(os.path.join(self.folder, entry["name"])) == 2 * entry["tokens"]}
+
+    def write(self, entry: dict) -> None:
+        name = os.path.splitext(entry["name"])[0] + ".partial.json"
+        with atomic_write(os.path.join(self.folder, name), "w") as f:
+            json.dump(self.head | {"shards": [entry]}, f, indent=1)
+
+    def open(self, sources: list[str], todo: list[str]) -> None:
+        """Shards will be replaced: notes in place of meta.json, for those that stay."""
+        if os.path.exists(self.meta):
+            for source, entry in self.read(sources).items():
+                if source not in todo:
+                    self.write(entry)
+            forget(self.meta)
+
+    def close(self, entries: list[dict]) -> None:
+        """All are done: meta.json in place of the notes."""
+        with atomic_write(self.meta, "w") as f:
+            json.dump(self.head | {"shards": entries}, f, indent=1)
+        forget(*self.notes())
 
 
 def source_state(source: str) -> dict:
@@ -833,21 +1072,16 @@ def source_state(source: str) -> dict:
             "source_mtime_ns": stat.st_mtime_ns}
 
 
-def shards_done(folder: str, head: dict, sources: list[str]) -> dict[str, dict]:
-    """Entries, by source, of token shards that a run like this one has already written and that are whole."""
-    entries = {}
-    for name in ("meta.json", "meta.json.partial"):
-        try:
-            with open(os.path.join(folder, name), encoding="utf-8") as f:
-                meta = json.load(f)
-            if head.items() <= meta.items():
-                entries |= {entry["source"]: entry for entry in meta["shards"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # missing or damaged: do its shards again
-    return {source: entry for source in sources
-            if (entry := entries.get(os.path.basename(source)))
-            and source_state(source).items() <= entry.items()
-            and file_size(os.path.join(folder, entry["name"])) == 2 * entry["tokens"]}
+def is_whole(folder: str, entry: dict) -> bool:
+    """Does the shard's file hold what was written? Reads it, at 1 to 3 GB/s."""
+    path = os.path.join(folder, entry["name"])
+    if file_size(path) != 2 * entry["tokens"]:
+        return False
+    sums = BlockSums()
+    with open(path, "rb") as f:
+        while data := f.read(BLOCK):
+            sums.update(data)
+    return sums.hex() == entry["crc32"]
 
 
 def tokenize_shards(sources: list[str], folder: str, model: str,
@@ -887,17 +1121,18 @@ def tokenize_shard(source: str, folder: str, model: str) -> dict:
     name = os.path.splitext(os.path.basename(source))[0] + ".bin"
     state = source_state(source)
     stories = tokens = size = 0
-    digest = hashlib.sha256()
+    digest, sums = hashlib.sha256(), BlockSums()
     with atomic_write(os.path.join(folder, name)) as f:
         for batch in batches_of_stories(source):
             packed = encode_stories(tokenizer, batch, source).tobytes()
             f.write(packed)
             digest.update(packed)
+            sums.update(packed)
             stories += len(batch)
             tokens += len(packed) // 2
             size += sum(len(text.encode("utf-8", "replace")) for _, text in batch)
     return {"name": name, "tokens": tokens, "stories": stories, "bytes": size,
-            "sha256": digest.hexdigest(), **state}
+            "sha256": digest.hexdigest(), "crc32": sums.hex(), **state}
 
 
 def batches_of_stories(source: str) -> Iterator[list[tuple[int, str]]]:
@@ -929,31 +1164,102 @@ def encode_stories(tokenizer: Tokenizer, stories: list[tuple[int, str]], source:
 
 # ---- TokenBatches ------------------------------------------------------------------------------------
 
+class BlockSums:
+    """CRC-32 of every BLOCK bytes of what is passed in, the last block being what is left."""
+
+    def __init__(self):
+        self._sums, self._crc, self._size = [], 0, 0
+
+    def update(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            part, rest = rest[:BLOCK - self._size], rest[BLOCK - self._size:]
+            self._crc, self._size = zlib.crc32(part, self._crc), self._size + len(part)
+            if self._size == BLOCK:
+                self._sums.append(self._crc)
+                self._crc = self._size = 0
+
+    def hex(self) -> str:
+        """8 digits for each block."""
+        return "".join(f"{crc:08x}" for crc in self._sums + [self._crc] * (self._size > 0))
+
+
+class TokenShard:
+    """A shard's tokens, read from the file by position: nothing is mapped, memory stays flat.
+
+    A block is checked against its checksum when it is first touched, so that no damaged token is ever
+    returned and nobody reads a whole set to know. Raises SystemExit that names the bytes and the command.
+    """
+
+    def __init__(self, folder: str, entry: dict):
+        self.path, self.tokens = os.path.join(folder, entry["name"]), entry["tokens"]
+        self._again = pretokenize_again(folder)
+        self._sums = np.frombuffer(bytes.fromhex(entry["crc32"]), ">u4")
+        self._checked = bytearray(len(self._sums))
+        self._file = open(self.path, "rb", buffering=0)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """At most `count` ids from the one at `start`, fewer at the end of the shard."""
+        count = min(count, self.tokens - start)
+        for block in range(2 * start // BLOCK, -(-2 * (start + count) // BLOCK)):
+            if not self._checked[block]:
+                size = min(BLOCK, 2 * self.tokens - block * BLOCK)
+                if zlib.crc32(self._bytes(block * BLOCK, size)) != self._sums[block]:
+                    self._damaged(block * BLOCK, size, "is damaged")
+                self._checked[block] = 1
+        return np.frombuffer(self._bytes(2 * start, 2 * count), "<u2")
+
+    def _bytes(self, at: int, size: int) -> bytes:
+        self._file.seek(at)
+        data = self._file.read(size)
+        while len(data) < size and (more := self._file.read(size - len(data))):  # a read may bring less
+            data += more
+        if len(data) < size:
+            self._damaged(at, size, "has lost its end")
+        return data
+
+    def _damaged(self, at: int, size: int, what: str):
+        raise SystemExit(f"{self.path} {what}: bytes {at} to {at + size - 1} are not what was written; "
+                         f"{self._again}")
+
+
 class TokenBatches:
     """Batches of (x, y), int64 tensors of shape (batch_size, max_seq_len) where y is x one token later.
 
-    train: endless. The training shards are one ring of N tokens. In epoch e the ring is cut at a random
-    offset into ceil(N / max_seq_len) windows, taken in random order, both from the generator [seed, e]; the
-    last window runs on over the cut. So every token is a target in every epoch, none is lost at the end of a
-    shard, and epochs differ in where they cut. Batches take the next windows, also over the end of an epoch.
+    train: endless. Batch k of all ranks together comes from lane k % lanes. The training shards are one
+    sequence of N tokens, cut into `lanes` regions as equal as can be, and a lane knows nothing but its own: a
+    ring of n tokens. In its epoch e the ring is cut at a random offset into ceil(n / max_seq_len) windows,
+    taken in random order, both from the generator [seed, lane, e]; the last window runs on over the cut. So
+    every token is a target in every epoch of its lane, none is lost at the end of a shard, and epochs differ
+    in where they cut. A lane's batches take its next windows, also over the end of an epoch. Of fewer than
+    `lanes` windows there are as many regions as windows, which lanes share, each in an order of its own.
     val: shard 00 from its start, anew with every iter(); every token but the first is a target once. The
     last window is filled up with x = BOS and y = -1, which the loss ignores, and so are missing rows.
 
-    Batch k of all goes to rank k % world_size: 1 rank with 2 micro-batches sees what 2 ranks with 1 see.
-    Raises SystemExit when the shards are missing or read_meta finds fault with them.
+    Batch k of all goes to rank k % world_size: with as many lanes, 1 rank with 2 micro-batches sees what 2
+    ranks with 1 see, and no token of one rank is read by another.
+    Raises SystemExit when the shards are missing or damaged or read_meta finds fault with them.
     """
 
     def __init__(self, token_dir: str, split: str, batch_size: int, max_seq_len: int, *, seed: int = 0,
-                 rank: int = 0, world_size: int = 1, max_batches: int | None = None):
-        """`max_batches` ends the val split after so many batches of all ranks together."""
-        assert split in ("train", "val") and 0 <= rank < world_size
+                 rank: int = 0, world_size: int = 1, lanes: int | None = None,
+                 max_batches: int | None = None):
+        """`lanes`: the batches that make an iteration, a multiple of world_size (default: world_size);
+        `max_batches` ends the val split after so many batches of all ranks together.
+        """
+        lanes = lanes or world_size
+        assert split in ("train", "val") and 0 <= rank < world_size and lanes % world_size == 0
         self.dir, self.split = token_dir, split
         self.batch_size, self.max_seq_len, self.max_batches = batch_size, max_seq_len, max_batches
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.lanes = seed, rank, world_size, lanes
         meta = read_meta(token_dir)
         self.bos_id: int = meta["bos_id"]
         shards = meta["shards"][1:] if split == "train" else meta["shards"][:1]
-        shards = [shard for shard in shards if shard["tokens"]]  # an empty file cannot be mapped
+        shards = [shard for shard in shards if shard["tokens"]]
         self.num_tokens: int = sum(shard["tokens"] for shard in shards)
         if self.num_tokens < 2:
             raise SystemExit(f"the {split} shards in {token_dir} hold no text; put more stories in: "
@@ -961,11 +1267,10 @@ class TokenBatches:
         self.bytes_per_token: float = sum(shard["bytes"] for shard in shards) / self.num_tokens
         sums = "".join(shard["sha256"] for shard in shards)
         self.fingerprint = int(hashlib.sha256(sums.encode()).hexdigest()[:15], 16)
-        self._shards = [np.memmap(os.path.join(token_dir, shard["name"]), dtype="<u2", mode="r")
-                        for shard in shards]
-        self._ends = np.cumsum([len(tokens) for tokens in self._shards])  # where each ends in the ring
-        self._epoch = (-1, 0, np.empty(0, np.int64))  # number, offset, order of windows
-        self._start = 0  # windows consumed when this state was made or loaded
+        self._shards = [TokenShard(token_dir, shard) for shard in shards]
+        self._ends = list(itertools.accumulate(shard.tokens for shard in self._shards))
+        self._orders: dict[int, tuple] = {}  # of a lane: epoch, offset, order of windows
+        self._epoch, self._start = 0, 0  # of a lane: its epoch, and windows since, when made or loaded
         self._batch = 0  # batches this rank took since
 
     def __iter__(self) -> "TokenBatches":
@@ -976,57 +1281,81 @@ class TokenBatches:
     def __next__(self):
         import torch  # 2.8 s, which only training should pay
 
-        B, T = self.batch_size, self.max_seq_len
+        B, T, N = self.batch_size, self.max_seq_len, self.num_tokens
         k = self._batch * self.world_size + self.rank
-        first = self._start + k * B  # window
-        if self.split == "val" and (first * T >= self.num_tokens - 1
+        if self.split == "val" and (k * B * T >= N - 1
                                     or self.max_batches is not None and k >= self.max_batches):
             raise StopIteration
         self._batch += 1
         rows = np.full((B, T + 1), -1, np.int64)
-        for row, window in zip(rows, range(first, first + B), strict=True):
+        for i, row in enumerate(rows):
             if self.split == "train":
-                self._read(self._train_offset(window), row)
-            elif window * T < self.num_tokens - 1:
-                self._read(window * T, row[:self.num_tokens - window * T])
+                turn, lane = divmod(k, self.lanes)
+                self._read_window(lane, self._start + turn * B + i, row)
+            elif (at := (k * B + i) * T) < N - 1:
+                self._read(at, row[:N - at], 0, N)
         x, y = rows[:, :-1].copy(), rows[:, 1:].copy()
         x[x < 0] = self.bos_id
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def _train_offset(self, window: int) -> int:
-        """Where in the ring a window of the endless sequence starts."""
-        per_epoch = -(-self.num_tokens // self.max_seq_len)
-        epoch, i = divmod(window, per_epoch)
-        if epoch != self._epoch[0]:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch = (epoch, int(rng.integers(self.max_seq_len)), rng.permutation(per_epoch))
-        return (self._epoch[1] + int(self._epoch[2][i]) * self.max_seq_len) % self.num_tokens
+    def _region(self, lane: int, lanes: int) -> tuple[int, int]:
+        """Where the tokens of a lane begin and end."""
+        regions = max(1, min(lanes, self.num_tokens // self.max_seq_len))
+        i = lane % regions
+        return self.num_tokens * i // regions, self.num_tokens * (i + 1) // regions
 
-    def _read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` with the ring's tokens from `start` on, as many times around as it takes."""
+    def _read_window(self, lane: int, window: int, out: np.ndarray) -> None:
+        """A window of a lane's endless sequence, counted from where it was made or loaded."""
+        start, end = self._region(lane, self.lanes)
+        size, T = end - start, self.max_seq_len
+        epoch, i = divmod(window, -(-size // T))
+        epoch += self._epoch
+        if lane not in self._orders or self._orders[lane][0] != epoch:
+            rng = np.random.default_rng([self.seed, lane, epoch])
+            self._orders[lane] = epoch, int(rng.integers(T)), rng.permutation(-(-size // T))
+        _, offset, order = self._orders[lane]
+        self._read(start + (offset + int(order[i]) * T) % size, out, start, end)
+
+    def _read(self, at: int, out: np.ndarray, start: int, end: int) -> None:
+        """Fill `out` with the tokens from `at` on, in the ring from `start` to `end`, around and around."""
         done = 0
         while done < len(out):
-            shard = bisect_right(self._ends, start)
-            part = self._shards[shard][start - int(self._ends[shard]):][:len(out) - done]  # from its end
+            shard = bisect_right(self._ends, at)
+            in_shard = at - (self._ends[shard] - self._shards[shard].tokens)
+            part = self._shards[shard].read(in_shard, min(len(out) - done, end - at))
             out[done:done + len(part)] = part
             done += len(part)
-            start = (start + len(part)) % self.num_tokens
+            at += len(part)
+            at = start if at == end else at
 
     def state_dict(self) -> dict[str, int]:
-        """Where the data stands: the same on all ranks once each has taken as many batches."""
-        windows = self._start + self._batch * self.world_size * self.batch_size
-        return {"windows": windows, "seed": self.seed, "max_seq_len": self.max_seq_len,
-                "num_tokens": self.num_tokens, "fingerprint": self.fingerprint}
+        """Where the data stands: the same on all ranks, after a whole number of turns of the lanes."""
+        turns, rest = divmod(self._batch * self.world_size, self.lanes)
+        assert not rest
+        return {"epoch": self._epoch, "windows": self._start + turns * self.batch_size, "lanes": self.lanes,
+                "seed": self.seed, "max_seq_len": self.max_seq_len, "num_tokens": self.num_tokens,
+                "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on exactly there, with any batch size and number of ranks. Raises SystemExit for other data."""
+        """Go on exactly there, with any batch size and number of ranks; with other lanes, at the next epoch.
+
+        Raises SystemExit for other data.
+        """
         for key in ("max_seq_len", "num_tokens", "fingerprint"):
             if state[key] != getattr(self, key):
                 raise SystemExit(f"this run was trained on other data than {self.dir} gives now ({key} was "
                                  f"{state[key]}, is {getattr(self, key)}); put it back, or start anew from "
                                  "its weights: python train.py --init_from=CKPT")
-        self.seed, self._start, self._batch = state["seed"], state["windows"], 0
-        self._epoch = (-1, 0, self._epoch[2])
+        self.seed, self._epoch, self._start = state["seed"], state.get("epoch", 0), state["windows"]
+        self._batch, self._orders = 0, {}
+        lanes = state.get("lanes", 1)  # without: of before there were lanes, in another order
+        if "lanes" not in state or lanes != self.lanes:
+            shortest = min(end - start for start, end in (self._region(i, lanes) for i in range(lanes)))
+            self._epoch += -(-self._start // -(-shortest // self.max_seq_len))
+            self._start = 0
+            if self.rank == 0:
+                print(f"the data is dealt out to {self.lanes} micro-batches per iteration, no longer "
+                      f"{lanes}: it goes on with the next epoch, {self._epoch}", file=sys.stderr)
 
 
 class StoryStarts:
@@ -1038,7 +1367,8 @@ class StoryStarts:
     def __init__(self, token_dir: str, split: str):
         data = TokenBatches(token_dir, split, 1, 1)
         self.bos_id, self._shards, self._ends = data.bos_id, data._shards, data._ends
-        if not any((shard == self.bos_id).any() for shard in self._shards):
+        if not any((shard.read(at, CHUNK) == self.bos_id).any()  # the very first, but for a damaged folder
+                   for shard in self._shards for at in range(0, shard.tokens, CHUNK)):
             raise SystemExit(f"no story in {token_dir} begins with BOS (id {self.bos_id}), which ends "
                              "the one before; run pretokenize again")
 
@@ -1047,48 +1377,79 @@ class StoryStarts:
         prompts = []
         for _ in range(count):
             # the story that begins next after a random token
-            shard = bisect_right(self._ends, int(rng.integers(self._ends[-1])))
-            tokens = self._shards[shard]
-            at = int(rng.integers(len(tokens)))
-            while not len(found := np.flatnonzero(tokens[at:at + 4096] == self.bos_id)):
+            i = bisect_right(self._ends, int(rng.integers(self._ends[-1])))
+            shard = self._shards[i]
+            at = int(rng.integers(shard.tokens))
+            while not len(found := np.flatnonzero(shard.read(at, 4096) == self.bos_id)):
                 at += 4096
-                if at >= len(tokens):
-                    shard, at = (shard + 1) % len(self._shards), 0
-                    tokens = self._shards[shard]
+                if at >= shard.tokens:
+                    i, at = (i + 1) % len(self._shards), 0
+                    shard = self._shards[i]
             at += int(found[0]) + 1
-            story = tokens[at:at + int(rng.integers(length))].tolist()
+            story = shard.read(at, int(rng.integers(length))).tolist()
             if self.bos_id in story:
                 story = story[:story.index(self.bos_id)]
             prompts.append([self.bos_id, *story])
         return prompts
 
 
-def read_meta(folder: str, vocab_size: int | None = None) -> dict:
-    """The meta.json of a token folder, checked against the files, the tokenizer and `vocab_size`."""
+def pretokenize_again(folder: str, more: str = "") -> str:
+    """What to type when something is wrong with a token folder."""
     data_dir, name = os.path.split(os.path.normpath(folder))
     size = name.removeprefix("tok")
-    again = "run: " + command("pretokenize", data_dir or ".", int(size) if size.isdigit() else 0)
+    return "run: " + command("pretokenize", data_dir or ".", int(size) if size.isdecimal() else 0, more)
+
+
+def is_entry(entry: object) -> bool:
+    """Is this what tokenize_shard says of a shard? It may come from a damaged, or anyone's, meta.json."""
+    if not isinstance(entry, dict):
+        return False
+    name, *texts = (entry.get(key) for key in ("name", "source", "sha256", "crc32"))
+    counts = [entry.get(key) for key in ("tokens", "stories", "bytes", "source_bytes")]
+    if not (all(isinstance(text, str) for text in (name, *texts))
+            and all(type(count) is int and 0 <= count < 1 << 60 for count in counts)):
+        return False
+    source, sha256, crc32 = texts
+    return (re.fullmatch(r"data[0-9]{1,9}\.bin", name) is not None and source == name[:-4] + ".json"
+            and re.fullmatch("[0-9a-f]{64}", sha256) is not None
+            and re.fullmatch("[0-9a-f]*", crc32) is not None and len(crc32) == 8 * -(-2 * counts[0] // BLOCK)
+            and type(entry.get("source_mtime_ns")) is int)
+
+
+def is_head(meta: object) -> bool:
+    """Are this meta.json's own fields, but for its shards, what pretokenize writes?"""
+    return (isinstance(meta, dict) and type(meta.get("vocab_size")) is int
+            and 0 < meta["vocab_size"] <= MAX_VOCAB and type(meta.get("bos_id")) is int
+            and 0 <= meta["bos_id"] < meta["vocab_size"] and isinstance(meta.get("tokenizer_sha256"), str))
+
+
+def read_meta(folder: str, vocab_size: int | None = None) -> dict:
+    """The meta.json of a token folder, checked against the files, the tokenizer and `vocab_size`."""
+    again = pretokenize_again(folder)
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-        shards = meta["shards"]
-        wrong = [shard["name"] for shard in shards
-                 if file_size(os.path.join(folder, shard["name"])) != 2 * shard["tokens"]]
-        found, sha256, version = meta["vocab_size"], meta["tokenizer_sha256"], meta["format"]
-    except FileNotFoundError:
-        cut = os.path.exists(os.path.join(folder, "meta.json.partial"))
+    except (FileNotFoundError, NotADirectoryError):
+        cut = glob.glob(os.path.join(glob.escape(folder), "*.partial.json"))
         what = "an unfinished pretokenize" if cut else "no token shards"
         raise SystemExit(f"{what} in {folder}; {again}") from None
-    except (ValueError, KeyError, TypeError):
-        raise SystemExit(f"{folder}/meta.json is damaged; {again} --force") from None
-    if version != META_FORMAT:
-        raise SystemExit(f"{folder} has format {version}, not {META_FORMAT}; {again} --force")
+    except (ValueError, RecursionError):
+        meta = None
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if type(version) is int and version != META_FORMAT:
+        raise SystemExit(f"{folder} has format {version}, not {META_FORMAT}; {again}")
+    shards = meta.get("shards") if is_head(meta) else None
+    if version is None or not isinstance(shards, list) or not all(map(is_entry, shards)):
+        raise SystemExit(f"{folder}/meta.json is damaged; {again}")
+    found = meta["vocab_size"]
     if vocab_size not in (None, found):
         raise SystemExit(f"{folder} holds tokens of a vocabulary of {found}, not {vocab_size}; "
                          f"give --vocab_size={found}, or {again}")
     model = os.path.normpath(folder) + ".model"
-    if os.path.exists(model) and Tokenizer(model).sha256 != sha256:
+    if os.path.exists(model) and Tokenizer(model).sha256 != meta["tokenizer_sha256"]:
         raise SystemExit(f"{folder} was made with another tokenizer than {model} is now; {again}")
+    wrong = [shard["name"] for shard in shards
+             if file_size(os.path.join(folder, shard["name"])) != 2 * shard["tokens"]]
     if wrong:
         raise SystemExit(f"{folder}/{wrong[0]} is missing or not of its size; {again}")
     if len(shards) < 2:
@@ -1108,6 +1469,20 @@ def shard_count(value: str) -> int:
     if not 2 <= positive(value) <= 1000:
         raise argparse.ArgumentTypeError(f"{value} is not between 2 and 1000 (one is for validation)")
     return int(value)
+
+
+def text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty")
+    return value
+
+
+def part(value: str) -> tuple[int, int]:
+    """(2, 4) for "2/4"."""
+    match = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", value)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a part such as 1/4, 2/4, 3/4 or 4/4")
+    return int(match[1]), int(match[2])
 
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -1130,6 +1505,10 @@ def make_cli() -> CommandLine:
         parser.set_defaults(run=run, parser=parser)
         return parser
 
+    def share(parser: CommandLine) -> None:
+        parser.add_argument("--shard", type=part, metavar="I/N", help="do one of N parts: 1/4, 2/4, 3/4 and "
+                            "4/4 on machines that share the data_dir; together they write the same files")
+
     replace = "replace the stories that are there"
     p = stage("download", download, "Download TinyStories (1.5 GB) and the Llama 2 tokenizer", replace)
     p.add_argument("--small", action="store_true", help="only TinyStories-valid.txt (20 MB), as shards")
@@ -1138,8 +1517,9 @@ def make_cli() -> CommandLine:
 
     p = stage("import", import_files, "Make shards of your own text: .txt, .json, .jsonl", replace)
     p.add_argument("paths", nargs="+", metavar="FILE", help="text, a JSON list, or a JSON object per line")
-    p.add_argument("--separator", default="endoftext", help="what stands between the stories of a text file: "
-                   "endoftext (<|endoftext|>), blank (blank lines), or any other text, \\n being a new line")
+    p.add_argument("--separator", type=text, default="endoftext",
+                   help="what stands between the stories of a text file: endoftext (<|endoftext|>), blank "
+                   "(blank lines), or any other text, \\n being a new line")
     p.add_argument("--field", help="where a JSON object has its text (default: story, else text)")
     p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="decides which stories are for validation")
@@ -1148,6 +1528,7 @@ def make_cli() -> CommandLine:
     p.add_argument("--num_stories", type=positive, default=20000, help="how many")
     p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="another seed, other stories")
+    share(p)
 
     p = stage("train_vocab", train_vocab, "Train a vocabulary on the training shards")
     p.add_argument("--vocab_size", type=int, required=True, help=f"pieces, at most {MAX_VOCAB}")
@@ -1157,6 +1538,7 @@ def make_cli() -> CommandLine:
     p.add_argument("--vocab_size", type=int, default=0, help="a vocabulary from train_vocab; 0: Llama 2's")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     p.add_argument("--num_workers", type=positive, default=cores, help="processes")
+    share(p)
     return cli
 
 

@@ -20,7 +20,7 @@ import platform
 import struct
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import IO
 
@@ -63,18 +63,20 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator:
         _remove(tmp)
 
 
-def lock(folder: str, name: str = ".lock", other: str = "another folder") -> IO | None:
+def lock(folder: str, name: str = ".lock", other: str = "another folder", shared: bool = False) -> IO | None:
     """Claim `folder` for this process as long as it lives: keep what is returned. None if it can't be locked.
 
-    The system drops the lock of a process that dies, so a lock file left behind (it names host and process)
-    stands in nobody's way. Raises SystemExit if another process, of whatever host, has the lock.
+    With `shared` others may share it, but nobody can have it alone. The system drops the lock of a process
+    that dies, so a lock file left behind (it names host and process) stands in nobody's way. Raises
+    SystemExit if another process, of whatever host, has the lock.
     """
     path = os.path.join(folder, name)
     f = open(path, "a+", encoding="utf-8")
     try:
         if fcntl:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: children would inherit that
-        else:
+            # not flock: children would inherit that
+            fcntl.lockf(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        elif not shared:  # there is no such thing there
             f.seek(1 << 30)  # there, the locked byte could not be read
             msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as e:
@@ -87,8 +89,9 @@ def lock(folder: str, name: str = ".lock", other: str = "another folder") -> IO 
         raise SystemExit(f"{folder} is in use by {owner}; wait until it ends, stop it, or choose {other}"
                          ) from None
     f.truncate(0)
-    f.write(f"process {os.getpid()} on {platform.node()}\n")
-    f.flush()
+    if not shared:  # there, it would be the last to come, who may be gone while others are not
+        with suppress(OSError):  # a full disk: locked it is all the same
+            os.write(f.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
     return f
 
 

@@ -12,13 +12,16 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +48,11 @@ def run(*args, cwd=None, check=False):
                           capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def visible(folder):
+    """Without the locks."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
 def refuses(message, function, *args, **kwargs):
@@ -118,10 +126,10 @@ def server(monkeypatch):
     s.server_close()
 
 
-def fetched(server, path, **kwargs):
+def fetched(server, path, alone=True, **kwargs):
     ts.fetch(server.url, str(path), **kwargs)
     assert path.read_bytes() == server.data
-    assert os.listdir(path.parent) == [path.name]
+    assert not alone or os.listdir(path.parent) == [path.name]
     return [request.get("Range") for request in server.requests]
 
 
@@ -266,7 +274,7 @@ def test_download(server, tmp_path, capsys, monkeypatch):
         else _fetch(url, path, *rest)))
     args = ["download", "--data-dir", data, "--url", server.url]
     ts.main(args)
-    assert sorted(os.listdir(data)) == [
+    assert visible(data) == [
         "TinyStories_all_data", "TinyStories_all_data.tar.gz", "tokenizer.bin", "tokenizer.model"]
     assert (Path(data) / "tokenizer.bin").read_bytes() == (SHARED / "llama2" / "tokenizer.bin").read_bytes()
     assert "\nnext: python tinystories.py pretokenize" in capsys.readouterr().out
@@ -534,7 +542,7 @@ def test_train_vocab(data, capfd):
     ts.main(["train_vocab", "--vocab-size=350", "--data_dir=" + data])
     out, err = capfd.readouterr()
     assert err == "" and out.count("\n") == 1 and f"pretokenize --vocab_size=350 --data_dir={data}" in out
-    assert sorted(os.listdir(data)) == ["TinyStories_all_data", "tok350.model"]
+    assert visible(data) == ["TinyStories_all_data", "tok350.model"]
     first = Path(data, "tok350.model").read_bytes()
     sp = sentencepiece.SentencePieceProcessor(model_proto=first)
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
@@ -606,7 +614,8 @@ def snapshot(folder):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_pretokenize(tok, capsys, workers):
+def test_pretokenize(tok, capsys, workers, monkeypatch):
+    monkeypatch.setattr(ts, "BLOCK", 1000)
     ts.main(["pretokenize", "--vocab_size=350", "--data_dir=" + tok, f"--num_workers={workers}"])
     out = capsys.readouterr().out
     assert f"python train.py --vocab_source=custom --vocab_size=350 --data_dir={tok}" in out
@@ -614,14 +623,17 @@ def test_pretokenize(tok, capsys, workers):
     expected = expected_tokens(tok, ts.tokenizer_path(tok, 350))
     assert sorted(os.listdir(folder)) == [*expected, "meta.json"]
     meta = json.loads(Path(folder, "meta.json").read_text())
-    assert [meta[key] for key in ("format", "vocab_size", "bos_id")] == [1, 350, 1]
+    assert [meta[key] for key in ("format", "vocab_size", "bos_id")] == [2, 350, 1]
     assert meta["tokenizer_sha256"] == hashlib.sha256(Path(tok, "tok350.model").read_bytes()).hexdigest()
     for shard, (name, ids) in zip(meta["shards"], expected.items(), strict=True):
         assert tokens(folder, name) == ids
         texts = [s.strip() for s in shards(tok)[name.replace(".bin", ".json")] if s.strip()]
         assert shard["name"] == name and shard["tokens"] == len(ids) and shard["stories"] == len(texts)
         assert shard["bytes"] == sum(len(s.replace("\ud83d", "?").encode()) for s in texts)
-        assert shard["sha256"] == hashlib.sha256(Path(folder, name).read_bytes()).hexdigest()
+        data = Path(folder, name).read_bytes()
+        assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+        blocks = [data[i:i + 1000] for i in range(0, len(data), 1000)]
+        assert shard["crc32"] == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
 
 
 def test_pretokenize_skips_what_is_done(tok):
@@ -645,6 +657,12 @@ def test_pretokenize_skips_what_is_done(tok):
     with open(folder / "data03.bin", "ab") as f:
         f.write(b"x")
     assert redone() == ["data03.bin"]
+    data = bytearray((folder / "data01.bin").read_bytes())
+    data[1234] ^= 64
+    (folder / "data01.bin").write_bytes(data)
+    refuses("data01.bin is damaged", take, ts.TokenBatches(str(folder), "train", 2, 8), 2000)
+    first["data01.bin"] = (first["data01.bin"][0], 0)
+    assert redone() == ["data01.bin"]
     os.utime(ts.shard_files(tok)[1])
     assert redone() == ["data01.bin"]
     (folder / "meta.json").write_text("{broken")
@@ -671,12 +689,14 @@ def test_pretokenize_stops_at_a_bad_story(tok):
     folder = Path(ts.token_dir(tok, 350))
     assert not (folder / "meta.json").exists() and not (folder / "data02.bin").exists()
     refuses("an unfinished pretokenize", ts.TokenBatches, str(folder), "train", 2, 8)
-    finished = {entry["name"] for entry in json.loads((folder / "meta.json.partial").read_text())["shards"]}
+    finished = {name for name in os.listdir(folder) if name.endswith(".bin")}
+    assert all(json.loads((folder / name.replace(".bin", ".partial.json")).read_text()) for name in finished)
     before = snapshot(folder)
     path.write_text(good)
     run("pretokenize", "--vocab_size=350", "--data_dir", tok, check=True)
     after = snapshot(folder)
-    assert all(after[name] == before[name] for name in finished) and "meta.json.partial" not in after
+    assert all(after[name] == before[name] for name in finished)
+    assert [name for name in after if "json" in name] == ["meta.json"]
     assert {n: tokens(folder, n) for n in expected_tokens(tok, tok + "/tok350.model")} == \
         expected_tokens(tok, tok + "/tok350.model")
 
@@ -746,6 +766,176 @@ def test_pretokenize_notices_killed_processes(tok, tmp_path):
     assert {n: tokens(folder, n) for n in expected} == expected
 
 
+def content(folder):
+    """The bytes of all files below a folder, but for locks."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*"))
+            if p.is_file() and not p.name.startswith(".")}
+
+
+def part(stage, which, data_dir, *flags):
+    ts.main([stage, f"--shard={which}", f"--data_dir={data_dir}", *flags])
+
+
+def test_pretokenize_in_parts(tok, capsys):
+    args = ["pretokenize", "--vocab_size=350", "--data_dir=" + tok]
+    ts.main(args)
+    folder = Path(ts.token_dir(tok, 350))
+    whole = content(folder)
+
+    def parts(*which):
+        capsys.readouterr()
+        for i in which:
+            part("pretokenize", i, tok, "--vocab_size=350")
+        return capsys.readouterr().out
+
+    assert content(folder) == whole and "(3 of 3 shards were up to date)" in parts("1/2")  # nothing to do
+    for order in (("1/2", "2/2"), ("3/3", "1/3", "2/3"), ("2/7", "7/7", "5/7", "4/7", "1/7", "3/7"),
+                  ("1/2", "2/3", "2/2")):  # of another number of parts, too
+        for path in folder.iterdir():
+            path.unlink()
+        assert "still to come from other parts\n" in parts(*order[:-1])
+        refuses("an unfinished pretokenize", ts.read_meta, str(folder))
+        assert "next: python train.py" in parts(order[-1]) and content(folder) == whole
+    # what a part does again leaves the others' shards as they are; meta.json is not there meanwhile
+    (folder / "data01.bin").write_bytes(b"")
+    before = snapshot(folder)
+    source = ts.shard_files(tok)[3]
+    os.utime(source)
+    assert "2 of 5 shards are still to come" in parts("1/2") and (folder / "meta.json").exists()
+    assert "next" in parts("2/2")
+    after = snapshot(folder)
+    assert [n for n in sorted(after) if after[n] != before[n]] == ["data01.bin", "data03.bin", "meta.json"]
+    assert {n: whole[n] for n in whole if n != "meta.json"} == \
+        {n: data for n, data in content(folder).items() if n != "meta.json"}
+    (folder / "data04.bin").write_bytes(b"")
+    (folder / "data04.partial.json").write_text("{damaged")
+    assert "next" in parts("1/2", "2/2")
+    assert content(folder)["data04.bin"] == whole["data04.bin"] and ts.read_meta(str(folder))
+
+
+def test_synth_in_parts(tmp_path, capsys):
+    flags = ["--num_stories=47", "--num_shards=5", "--seed=3"]
+    ts.main(["synth", f"--data_dir={tmp_path / 'a'}", *flags])
+    whole = content(tmp_path / "a")
+    for order in (("1/2", "2/2"), ("5/5", "1/5", "3/5", "2/5", "4/5"), ("1/1",), ("2/3", "1/2", "2/2")):
+        data = tmp_path / f"b{len(order)}{order[0][0]}"
+        for which in order[:-1]:
+            part("synth", which, data, *flags)
+            assert "still to come from other parts\n" in capsys.readouterr().out
+            refuses("no stories in", ts.shard_files, str(data))
+            refuses("has parts of other stories: finish those with --num_stories=47 --num_shards=5 --seed=3",
+                    part, "synth", "2/2", data, *flags[:2], "--seed=4")
+        (parts := data / "TinyStories_all_data.synth-47-5-3").mkdir(parents=True, exist_ok=True)
+        (parts / "data01.json.host-1.tmp").write_text("of a run that was killed")
+        part("synth", order[-1], data, *flags)
+        assert content(data) == whole
+        refuses("already holds stories", part, "synth", "1/2", data, *flags)
+    part("synth", "1/2", data, *flags[:2], "--seed=4", "--force")
+    assert content(data)["TinyStories_all_data/data00.json"] == whole["TinyStories_all_data/data00.json"]
+    part("synth", "2/2", data, *flags[:2], "--seed=4", "--force")
+    ts.main(["synth", f"--data_dir={tmp_path / 'a'}", *flags[:2], "--seed=4", "--force"])
+    assert content(data) == content(tmp_path / "a") != whole
+    for shards, count in ((3, 99), (9, 3)):
+        refuses("cannot be shared out to 4 parts; give both", part, "synth", "1/4", tmp_path / "c",
+                f"--num_shards={shards}", f"--num_stories={count}")
+
+
+def test_parts_at_the_same_time(tmp_path):
+    """As on three machines: three parts of synth at once, then three of pretokenize."""
+    flags = ["--num_stories=600", "--num_shards=7"]
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    ts.main(["synth", f"--data_dir={tmp_path / 'whole'}", *flags])
+    ts.main(["train_vocab", "--vocab_size=320", f"--data_dir={tmp_path / 'whole'}"])
+    (tmp_path / "parts" / "tok320.model").write_bytes((tmp_path / "whole" / "tok320.model").read_bytes())
+
+    def at_once(*args):
+        runs = [subprocess.Popen([sys.executable, ROOT / "tinystories.py", *args, f"--shard={i}/3",
+                                  f"--data_dir={tmp_path / 'parts'}"], stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, text=True) for i in (1, 2, 3)]
+        said = [p.communicate(timeout=60)[0] for p in runs]
+        assert not any(p.returncode for p in runs), said
+
+    at_once("synth", *flags)
+    for path in (tmp_path / "whole" / "TinyStories_all_data").iterdir():
+        os.utime(tmp_path / "parts" / "TinyStories_all_data" / path.name, ns=(0, path.stat().st_mtime_ns))
+    at_once("pretokenize", "--vocab_size=320", "--num_workers=1")
+    ts.main(["pretokenize", "--vocab_size=320", f"--data_dir={tmp_path / 'whole'}"])
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+# ---- two at once -------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import tinystories
+with tinystories.claimed(sys.argv[2], *sys.argv[3].split(), shared=tuple(sys.argv[4].split())):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def held(data_dir, names="", shared=""):
+    """Another process holds locks."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, ROOT, data_dir, names, shared],
+                               stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process.pid
+    finally:
+        process.kill()  # what it locked is free again, though its lock files are there
+        process.wait()
+        process.stdout.close()
+
+
+def test_two_at_once(tok, tmp_path):
+    """A stage that writes what another writes or reads refuses in one line; what does not disturb, runs."""
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    stages = {
+        "import": ["import", str(tmp_path / "a.txt"), "--force"],
+        "synth": ["synth", "--force", "--num_stories=9"],
+        "part": ["synth", "--force", "--num_stories=9", "--num_shards=3", "--shard=1/3"],
+        "download": ["download", "--url=http://127.0.0.1:9/", "--force"],
+        "train_vocab": ["train_vocab", "--vocab_size=350"],
+        "pretokenize": ["pretokenize", "--vocab_size=350"],
+        "pre-part": ["pretokenize", "--vocab_size=350", "--shard=2/3"]}
+
+    def refused(*names):
+        before = content(tok)
+        for name in names:
+            refuses(f"{tok} is in use by {who}", ts.main, [*stages[name], f"--data_dir={tok}"])
+            assert content(tok) == before
+
+    def runs(*names):
+        for name in names:
+            ts.main([*stages[name], f"--data_dir={tok}"])
+
+    with held(tok, "stories") as pid:  # import, say
+        who = f"process {pid} on "
+        refused(*stages)
+    with held(tok, "tok350", "stories") as pid:  # pretokenize or train_vocab of this vocabulary
+        who = f"process {pid} on "
+        refused("train_vocab", "pretokenize", "pre-part")
+        who = "another process"  # of several, who knows
+        refused("import", "synth", "download")
+        runs("part")
+        ts.main(["train_vocab", "--vocab_size=340", f"--data_dir={tok}"])
+    with held(tok, "tok350-1-of-3", "stories tok350"):  # a part of pretokenize
+        refused("train_vocab", "pretokenize", "synth")
+        runs("pre-part")
+        part("pretokenize", "1/2", tok, "--vocab_size=350")
+        part("pretokenize", "2/2", tok, "--vocab_size=350")
+        refuses("is in use", part, "pretokenize", "1/3", tok, "--vocab_size=350")
+    with held(tok, "stories-1-of-3", "stories") as pid:  # a part of synth
+        refused("synth", "import")
+        who = f"process {pid} on "
+        refused("part")
+        runs("pretokenize", "train_vocab")
+    runs("pretokenize", "synth")
+
+
 def test_pretokenize_mistakes(tok, monkeypatch):
     for flags, message in ((["--vocab_size=77"], "train_vocab --vocab_size=77 --data_dir=" + tok),
                            ([], "download --data_dir=" + tok)):
@@ -766,6 +956,105 @@ def test_no_torch_for_pretokenize(tok):
                    check=True, capture_output=True)
 
 
+# ---- a full disk, a read-only one, what is gone, a wrong clock ---------------------------------------
+
+def small_disk(folder):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+
+
+def same_but_for_clocks(a, b):
+    a, b = ({name: re.sub(rb'"source_mtime_ns": -?\d+', b"", data) for name, data in content(folder).items()}
+            for folder in (a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("how", ["file size limit", "full disk", "read-only"])
+def test_no_room(tmp_path, how, server):
+    """Every stage says so in one line, leaves what is there as it was, and goes on when there is room."""
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, stories(200))))
+    few = "--num_shards=3"
+    stages = [["import", str(tmp_path / "a.jsonl"), few], ["train_vocab", "--vocab_size=330"],
+              ["pretokenize", "--vocab_size=330"], ["synth", "--num_stories=250", few, "--force"]]
+    for stage in stages:
+        ts.main([*stage, f"--data_dir={tmp_path / 'reference'}"])
+    work = tmp_path / "disk"
+    work.mkdir() if how == "file size limit" else small_disk(work)
+    try:
+        data = work / "data"
+        data.mkdir()
+        for stage in stages:
+            before, limit = content(work), None
+            if how == "file size limit":
+                limit = resource_limit
+            elif how == "full disk":
+                with contextlib.suppress(OSError), open(work / "filler", "wb", buffering=0) as f:
+                    while True:
+                        f.write(bytes(4096))
+                before = content(work)
+            else:
+                subprocess.run(["mount", "-o", "remount,ro", work], check=True)
+            if limit or stage[0] == "import":
+                done = subprocess.run([sys.executable, ROOT / "tinystories.py", *stage, "--data_dir", data],
+                                      capture_output=True, text=True, preexec_fn=limit)
+                assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stdout == "", done
+                assert "then run the same again" in done.stderr, done.stderr
+            else:
+                refuses("then run the same again", ts.main, [*stage, f"--data_dir={data}"])
+            after = {name: data for name, data in content(work).items() if not name.endswith(".tmp")}
+            assert after == before  # a worker that was stopped in turn may leave one; the next run clears it
+            if how == "full disk":
+                (work / "filler").unlink()
+            elif how == "read-only":
+                subprocess.run(["mount", "-o", "remount,rw", work], check=True)
+            ts.main([*stage, f"--data_dir={data}"])
+        assert same_but_for_clocks(data, tmp_path / "reference")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=200_000))
+            refuses("has 300,000 bytes more, and the disk 200,000 free",
+                    ts.fetch, server.url, str(data / "f"))
+        assert fetched(server, data / "f", alone=False)
+    finally:
+        if how != "file size limit":
+            subprocess.run(["umount", "-l", work], check=True)
+
+
+def resource_limit():
+    import resource  # not on Windows
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+def test_what_is_gone_is_told(tok, capsys):
+    args = ["pretokenize", "--vocab_size=350", "--data_dir=" + tok]
+    ts.main(args)
+    for i in (1, 3):
+        Path(ts.shard_files(tok)[0]).with_name(f"data0{i}.json").unlink()
+    capsys.readouterr()
+    ts.main(args)
+    assert capsys.readouterr().err == "note: there is no data01.json (and 1 more): its stories are left out\n"
+    meta = ts.read_meta(ts.token_dir(tok, 350))
+    assert [shard["name"] for shard in meta["shards"]] == ["data00.bin", "data02.bin", "data04.bin"]
+
+
+@pytest.mark.parametrize("seconds", [0, -10**9, 2**33])
+def test_clocks_do_not_matter(tok, seconds, capsys):
+    """Files of the future, of before 1970, and one that was changed while the clock went back."""
+    for path in ts.shard_files(tok):
+        os.utime(path, (seconds, seconds))
+    args = ["pretokenize", "--vocab_size=350", "--data_dir=" + tok]
+    ts.main(args)
+    os.utime(ts.shard_files(tok)[2], (seconds - 5, seconds - 5))
+    capsys.readouterr()
+    ts.main(args)
+    assert "(4 of 5 shards were up to date)" in capsys.readouterr().out
+    ts.main(args)
+    assert "(5 of 5 shards were up to date)" in capsys.readouterr().out
+    ts.read_meta(ts.token_dir(tok, 350))
+
+
 # ---- TokenBatches ------------------------------------------------------------------------------------
 
 def made(folder, sizes, bos=1):
@@ -775,10 +1064,13 @@ def made(folder, sizes, bos=1):
     for i, size in enumerate(sizes):
         ids = np.arange(at, at + size, dtype="<u2")
         at += size
-        (folder / f"data{i:02d}.bin").write_bytes(ids.tobytes())
+        data = ids.tobytes()
+        (folder / f"data{i:02d}.bin").write_bytes(data)
+        sums = [f"{zlib.crc32(data[at:at + ts.BLOCK]):08x}" for at in range(0, len(data), ts.BLOCK)]
         entries.append({"name": f"data{i:02d}.bin", "tokens": size, "stories": 1, "bytes": 3 * size,
-                        "sha256": hashlib.sha256(ids.tobytes()).hexdigest()})
-    meta = {"format": 1, "vocab_size": 60000, "tokenizer_sha256": "ab", "bos_id": bos, "shards": entries}
+                        "sha256": hashlib.sha256(data).hexdigest(), "crc32": "".join(sums),
+                        "source": f"data{i:02d}.json", "source_bytes": 1, "source_mtime_ns": 1})
+    meta = {"format": 2, "vocab_size": 60000, "tokenizer_sha256": "ab", "bos_id": bos, "shards": entries}
     (folder / "meta.json").write_text(json.dumps(meta))
     return str(folder)
 
@@ -792,71 +1084,134 @@ def same(a, b):
                                     for (x, y), (u, v) in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("sizes, T, B", [((5, 40, 33, 27), 8, 3), ((5, 3, 0, 4), 16, 2), ((9, 2), 8, 4),
-                                         ((1, 64, 64), 16, 8), ((3, 1, 1, 1, 50, 1), 7, 5)])
-def test_train_batches_by_brute_force(tmp_path, sizes, T, B):
+SHAPES = [((5, 40, 33, 27), 8, 3), ((5, 3, 0, 4), 16, 2), ((9, 2), 8, 4), ((1, 64, 64), 16, 8),
+          ((3, 1, 1, 1, 50, 1), 7, 5)]
+
+
+@pytest.mark.parametrize("sizes, T, B", SHAPES)
+@pytest.mark.parametrize("lanes", [1, 2, 3, 16])
+def test_train_batches_by_brute_force(tmp_path, sizes, T, B, lanes):
     folder = made(tmp_path / "t", sizes)
-    ring = sum((tokens(folder, f"data{i:02d}.bin") for i in range(1, len(sizes))), [])
-    N, rows, epoch = len(ring), [], 0
-    while len(rows) < 20 * B:
-        rng = np.random.default_rng([7, epoch])
-        offset = rng.integers(T)
-        for w in rng.permutation((N + T - 1) // T):
-            rows.append([ring[(offset + w * T + j) % N] for j in range(T + 1)])
-        epoch += 1
-    batches = ts.TokenBatches(folder, "train", B, T, seed=7)
-    for k, (x, y) in enumerate(take(batches, 20)):
+    text = sum((tokens(folder, f"data{i:02d}.bin") for i in range(1, len(sizes))), [])
+    regions = max(1, min(lanes, len(text) // T))
+    cuts = [len(text) * i // regions for i in range(regions + 1)]
+
+    def rows(lane):
+        ring = text[cuts[lane % regions]:cuts[lane % regions + 1]]
+        for epoch in range(10_000):
+            rng = np.random.default_rng([7, lane, epoch])
+            offset = rng.integers(T)
+            for w in rng.permutation((len(ring) + T - 1) // T):
+                yield [ring[(offset + w * T + j) % len(ring)] for j in range(T + 1)]
+
+    expected = [rows(lane) for lane in range(lanes)]
+    batches = ts.TokenBatches(folder, "train", B, T, seed=7, lanes=lanes)
+    for k, (x, y) in enumerate(take(batches, 20 * lanes)):
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (B, T)
         assert x.is_contiguous() and y.is_contiguous()
-        expected = np.array(rows[k * B:(k + 1) * B])
-        assert np.array_equal(x.numpy(), expected[:, :-1]) and np.array_equal(y.numpy(), expected[:, 1:])
+        these = np.array([next(expected[k % lanes]) for _ in range(B)])
+        assert np.array_equal(x.numpy(), these[:, :-1]) and np.array_equal(y.numpy(), these[:, 1:])
 
 
 @pytest.mark.parametrize("sizes, T", [((5, 40, 33, 27), 10), ((5, 40, 33, 27), 8), ((2, 500, 1, 377), 64)])
-def test_every_token_is_a_target_in_every_epoch(tmp_path, sizes, T):
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_every_token_is_a_target_in_every_epoch(tmp_path, sizes, T, lanes):
     N = sum(sizes[1:])
-    windows = -(-N // T)
-    batches = ts.TokenBatches(made(tmp_path / "t", sizes), "train", 1, T, seed=3)
-    orders = []
-    for _ in range(3):
-        y = torch.cat([y.flatten() for _, y in take(batches, windows)])
-        counts = torch.bincount(y - 10 - sizes[0], minlength=N)
-        assert len(counts) == N and counts.min() == 1 and counts.sum() == windows * T  # at most T - 1 twice
-        orders.append(y.tolist())
-    assert orders[0] != orders[1] != orders[2]
+    batches = ts.TokenBatches(made(tmp_path / "t", sizes), "train", 1, T, seed=3, lanes=lanes)
+    targets = [[] for _ in range(lanes)]
+    for k, (_, y) in enumerate(take(batches, 3 * lanes * (-(-N // lanes) // T + 1))):
+        targets[k % lanes].append(y - 10 - sizes[0])
+    for lane in range(lanes):
+        start, end = N * lane // lanes, N * (lane + 1) // lanes
+        windows, orders = -(-(end - start) // T), []
+        for epoch in range(3):
+            y = torch.cat(targets[lane][epoch * windows:(epoch + 1) * windows]).flatten()
+            counts = torch.bincount(y, minlength=N)
+            assert counts.sum() == windows * T  # at most T - 1 of them twice
+            assert counts[start:end].min() == 1 and counts[start:end].sum() == windows * T
+            orders.append(y.tolist())
+        assert orders[0] != orders[1] != orders[2]
 
 
-def test_ranks_share_the_same_data(tmp_path):
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_the_same_data(tmp_path, world):
     folder = made(tmp_path / "t", (50, 300, 200))
-    for split in ("train", "val"):
-        alone = ts.TokenBatches(folder, split, 4, 8, seed=5)
-        both = [ts.TokenBatches(folder, split, 4, 8, seed=5, rank=r, world_size=2) for r in (0, 1)]
-        if split == "val":
-            a, b = list(both[0]), list(both[1])
-            assert same(list(alone), [pair for i in range(len(a)) for pair in (a[i:i + 1] + b[i:i + 1])])
-            continue
-        for _ in range(30):
-            assert same(take(alone, 2), [next(both[0]), next(both[1])])
-        assert alone.state_dict() == both[0].state_dict() == both[1].state_dict()
+    alone = ts.TokenBatches(folder, "train", 4, 8, seed=5, lanes=4)
+    ranks = [ts.TokenBatches(folder, "train", 4, 8, seed=5, rank=r, world_size=world, lanes=4)
+             for r in range(world)]
+    for _ in range(30):
+        assert same(take(alone, 4), [next(rank) for _ in range(4 // world) for rank in ranks])
+        assert all(alone.state_dict() == rank.state_dict() for rank in ranks)
+    alone = list(ts.TokenBatches(folder, "val", 4, 8))
+    ranks = [list(ts.TokenBatches(folder, "val", 4, 8, rank=r, world_size=world)) for r in range(world)]
+    assert same(alone, [rank[i] for i in range(len(ranks[0])) for rank in ranks if i < len(rank)])
 
 
-@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 2), (2, 3)])
-def test_resume(tmp_path, before, after):
+def test_no_rank_reads_what_another_does(tmp_path, monkeypatch):
+    """Over several epochs each of 4 ranks reads a quarter of the shards' tokens, and no two the same."""
+    seen = [set() for _ in range(4)]
+    folder = made(tmp_path / "t", (50, 300, 200, 299))
+
+    def read(shard, start, count, _read=ts.TokenShard.read):
+        ids = _read(shard, start, count)
+        seen[now].update(ids.tolist())
+        return ids
+
+    monkeypatch.setattr(ts.TokenShard, "read", read)
+    for now in range(4):
+        take(ts.TokenBatches(folder, "train", 4, 8, rank=now, world_size=4, lanes=8), 50)
+    assert sorted(i for rank in seen for i in rank) == list(range(60, 60 + 799))
+    assert all(abs(len(rank) - 200) <= 1 for rank in seen)
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize("size", [3, 5])
+def test_resume(tmp_path, before, after, size, capsys):
     folder = made(tmp_path / "t", (9, 200, 131))
 
-    def group(world, seed=5):
-        return [ts.TokenBatches(folder, "train", 3, 8, seed=seed, rank=rank, world_size=world)
+    def group(world, size, seed=5):
+        return [ts.TokenBatches(folder, "train", size, 8, seed=seed, rank=rank, world_size=world, lanes=4)
                 for rank in range(world)]
 
-    straight = take(group(1)[0], 6 * before + 6 * after)
-    first = group(before)
-    got = [next(b) for _ in range(6) for b in first]
+    def run(batches, turns):
+        """The windows of `turns` turns, lane by lane: other batch sizes share them out differently."""
+        taken = [next(b) for _ in range(turns * 4 // len(batches)) for b in batches]
+        return [[pair for x, y in taken[lane::4] for pair in zip(x, y, strict=True)] for lane in range(4)]
+
+    straight = run(group(1, 1), 6 * 3 + 6 * size)
+    first = group(before, 3)
+    got = run(first, 6)
     state = json.loads(json.dumps(first[0].state_dict()))
-    second = group(after, seed=99)  # the state's seed counts
+    assert all(state == b.state_dict() for b in first)
+    second = group(after, size, seed=99)  # the state's seed counts
     for b in second:
         b.load_state_dict(state)
-    assert same(straight, got + [next(b) for _ in range(6) for b in second])
-    assert all(type(v) is int for v in state.values())
+    for lane, more in enumerate(run(second, 6)):
+        assert same(straight[lane], got[lane] + more)
+    assert all(type(v) is int for v in state.values()) and capsys.readouterr().err == ""
+
+
+def test_resume_with_other_lanes(tmp_path, capsys):
+    folder = made(tmp_path / "t", (9, 200, 131))  # of 42 windows: 2 lanes of 21, 4 of 11
+    first = ts.TokenBatches(folder, "train", 3, 8, seed=5, lanes=4)
+    for turns, epoch in ((0, 0), (1, 1), (2, 1), (1, 2), (10, 4)):  # of 3 windows each
+        take(first, 4 * turns)
+        state, second = first.state_dict(), ts.TokenBatches(folder, "train", 3, 8, lanes=2)
+        second.load_state_dict(state)
+        assert capsys.readouterr().err == ("the data is dealt out to 2 micro-batches per iteration, no "
+                                           f"longer 4: it goes on with the next epoch, {epoch}\n")
+        assert (second.state_dict()["epoch"], second.state_dict()["windows"]) == (epoch, 0)
+        straight = ts.TokenBatches(folder, "train", 3, 8, seed=5, lanes=2)
+        take(straight, 2 * 7 * epoch)  # 7 batches an epoch
+        assert same(take(straight, 10), take(second, 10))
+    second.load_state_dict(second.state_dict() | {"epoch": 3, "windows": 21})
+    take(second, 2)
+    third = ts.TokenBatches(folder, "train", 3, 8, lanes=2, rank=1, world_size=2)
+    third.load_state_dict(second.state_dict())
+    assert same(take(second, 4)[1::2], take(third, 2)) and capsys.readouterr().err == ""
+    state = {k: v for k, v in state.items() if k not in ("lanes", "epoch")} | {"windows": 43}  # an older one
+    second.load_state_dict(state)
+    assert second.state_dict()["epoch"] == 2 and "next epoch, 2" in capsys.readouterr().err
 
 
 def test_resume_on_other_data(tmp_path):
@@ -938,7 +1293,52 @@ def test_batches_check_the_folder(tmp_path):
         refuses(message, ts.TokenBatches, made(tmp_path / "tok4096", sizes), split, 2, 8)
     for text in ("", "{}", "[]", '{"shards": 3}'):
         Path(folder, "meta.json").write_text(text)
-        refuses("--force", ts.TokenBatches, folder, "train", 2, 8)
+        refuses(f"damaged; run: python tinystories.py {where}", ts.TokenBatches, folder, "train", 2, 8)
+    Path(folder, "meta.json").write_text('{"format": 1, "shards": []}')
+    refuses(f"format 1, not 2; run: python tinystories.py {where}", ts.TokenBatches, folder, "train", 2, 8)
+
+
+def test_damage_is_found_before_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(ts, "BLOCK", 64)  # 32 tokens
+    folder = made(tmp_path / "tok4096", (50, 300, 200))
+    again = f"run: python tinystories.py pretokenize --vocab_size=4096 --data_dir={tmp_path}"
+    path = Path(folder, "data02.bin")
+    data = bytearray(path.read_bytes())
+    data[399] ^= 4  # its last token
+    path.write_bytes(data)
+    val, train = ts.TokenBatches(folder, "val", 2, 8), ts.TokenBatches(folder, "train", 1, 8, lanes=2)
+    assert list(val)  # is whole
+    damaged = f"data02.bin is damaged: bytes 384 to 399 are not what was written; {again}"
+    refuses(damaged, take, train, 100)
+    rank = ts.TokenBatches(folder, "train", 1, 8, lanes=2, world_size=2)
+    assert len(take(rank, 100)) == 100  # it has nothing to do with that part
+    train = ts.TokenBatches(folder, "train", 1, 8)
+    os.truncate(path, 380)  # meanwhile
+    refuses("data02.bin has lost its end: bytes 320 to 383", take, train, 100)
+
+
+def test_story_starts(tmp_path, monkeypatch):
+    """Prompts, and that only what they take is read: no damage elsewhere is noticed."""
+    monkeypatch.setattr(ts, "BLOCK", 64)
+    monkeypatch.setattr(ts, "CHUNK", 8)
+    folder = made(tmp_path / "t", (9, 30, 9000), bos=5000)  # a BOS, in the middle of data02
+    path = Path(folder, "data02.bin")
+    data = path.read_bytes()
+    with open(path, "r+b") as f:
+        f.write(b"xx")
+        f.seek(17_990)
+        f.write(b"xx")
+    refuses("data02.bin is damaged: bytes 0 to 63", ts.StoryStarts, folder, "train")  # in search of a BOS
+    path.write_bytes(data)
+    refuses("no story", ts.StoryStarts, folder, "val")
+    prompts = ts.StoryStarts(folder, "train").sample(np.random.default_rng(1), 50, 5)
+    assert {len(p) for p in prompts} == {1, 2, 3, 4, 5}
+    assert all(p == list(range(5000, 5000 + len(p))) for p in prompts)
+    made(tmp_path / "u", (9, 5000, 9000), bos=30)
+    path = tmp_path / "u" / "data02.bin"
+    path.write_bytes(bytes(17_998) + b"xx")
+    starts = ts.StoryStarts(str(tmp_path / "u"), "train")  # the BOS is in data01
+    refuses("data02.bin is damaged", starts.sample, np.random.default_rng(1), 50, 5)
 
 
 # ---- command line ------------------------------------------------------------------------------------
@@ -971,6 +1371,6 @@ def test_from_text_to_tokens_as_commands(tmp_path):
     done = run("pretokenize", "--vocab_size=310", cwd=tmp_path, check=True)
     assert done.stderr == ""
     assert done.stdout.endswith("next: python train.py --vocab_source=custom --vocab_size=310\n")
-    assert sorted(os.listdir(tmp_path / "data")) == ["TinyStories_all_data", "tok310", "tok310.model"]
+    assert visible(tmp_path / "data") == ["TinyStories_all_data", "tok310", "tok310.model"]
     readonly = run("train_vocab", "--vocab_size=301", "--data_dir=/proc/none", cwd=tmp_path)
     assert readonly.returncode == 1 and readonly.stderr.count("\n") == 1
