@@ -25,11 +25,18 @@ import argparse
 import math
 import os
 import struct
+import sys
 from dataclasses import asdict
 from typing import BinaryIO
 
-import numpy as np
-import torch
+try:
+    import numpy as np
+    import torch
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
 from model import ModelArgs, load_checkpoint, model_from_checkpoint, rope_table, save_checkpoint
 from tokenizer import CommandLine, atomic_write

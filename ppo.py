@@ -22,9 +22,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
 from model import (
     SHARDED,
