@@ -254,7 +254,7 @@ def how_to_make(model_path: str) -> str:
     elif size.isdigit():
         command = f"train_vocab --vocab_size={size}"
     else:
-        return "run: python tinystories.py train_vocab --vocab_size=4096"
+        return "name one that is, or run: python tinystories.py train_vocab --vocab_size=4096"
     where = f" --data_dir={folder or '.'}" if folder != "data" else ""
     return f"run: python tinystories.py {command}{where}"
 
