@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -542,6 +543,16 @@ def no_checkpoint(path: Path) -> str:
     return f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}{how}"
 
 
+def fault(e: Exception, why: str) -> str:
+    """Why a checkpoint was refused, in place of torch's advice to run what is in it."""
+    from tokenizer import printable
+
+    if "Weights only load failed" not in str(e):
+        return printable(why)
+    code = re.search(r"GLOBAL ([\w.]+)", str(e))
+    return f"it would run code ({code[1]})" if code else "it holds something else than weights"
+
+
 def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool = True) -> dict:
     """Read a checkpoint of train.py or of llama2.c onto the CPU; code hidden in a pickle is refused.
 
@@ -570,6 +581,8 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
     except (
         RuntimeError,
         LookupError,
+        AssertionError,
+        struct.error,
         AttributeError,
         TypeError,
         ValueError,
@@ -581,7 +594,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
         pickle.UnpicklingError,
     ) as e:  # whatever a damaged archive leads its readers into
         why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
-        raise SystemExit(f"{path} is no checkpoint that can be read safely: {why}; {RESTORE}") from None
+        raise SystemExit(f"{path} cannot be read as a checkpoint: {fault(e, why)}; {RESTORE}") from None
     parts = {"config": {}} | checkpoint if isinstance(checkpoint, dict) else {}
     parts = [parts.get(key) for key in ("model", "model_args", "config")]
     if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):
@@ -817,22 +830,23 @@ def model_from_checkpoint(
         state["output.weight"] = state["tok_embeddings.weight"]
     known = {f.name for f in fields(ModelArgs)}
     if unknown := args.keys() - known:
-        raise SystemExit(f"{path} has model_args this version does not know: {', '.join(sorted(unknown))}")
+        names = fault(ValueError(), ", ".join(sorted(unknown)))
+        raise SystemExit(f"{path} has model_args this version does not know: {names}; update the program")
     try:
         shape, held = ModelArgs(**args), sum(w.numel() for w in state.values())
         if not empty and shape.num_parameters() > held:  # before memory is taken for what is not there
             raise ValueError(f"it has {held:,} numbers of {shape.num_parameters():,}")
     except (ValueError, TypeError, AttributeError) as e:
-        raise SystemExit(f"{path} does not hold the model it describes: {e}; {RESTORE}") from None
+        why = fault(e, str(e))
+        raise SystemExit(f"{path} does not hold the model it describes: {why}; {RESTORE}") from None
     try:
         with torch.device("meta" if empty else "cpu"):
             model = Transformer(ModelArgs(**args | changes))
         if not empty:
             model.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise SystemExit(
-            f"{path} does not hold the model it describes: {' '.join(str(e).split())[:200]}; {RESTORE}"
-        ) from None
+        why = fault(e, " ".join(str(e).split())[:200])
+        raise SystemExit(f"{path} does not hold the model it describes: {why}; {RESTORE}") from None
     return model
 
 
@@ -844,7 +858,7 @@ def pick_device(name: str = "auto") -> str:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
         kind, 0
     )
-    known = re.fullmatch(r"[a-z]+(:[0-9]{1,4})?", name)
+    known = re.fullmatch(r"[a-z]+(:(0|[1-9][0-9]{0,3}))?", name)
     if not known or int(index or 0) >= count:
         raise SystemExit(f"no device {name!r} here; try --device={pick_device()}")
     return name

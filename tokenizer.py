@@ -145,6 +145,12 @@ class CommandLine(argparse.ArgumentParser):
             sub.error(f"no such option or argument: {unknown[0]}{did_you_mean(name, names)}")
         return known
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
+        value = super()._get_values(action, arg_strings)
+        if value == [] and action.nargs is None:  # of --option=--, in Python 3.11
+            raise argparse.ArgumentError(action, "expected one argument")
+        return value
+
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
