@@ -599,6 +599,8 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
     parts = [parts.get(key) for key in ("model", "model_args", "config")]
     if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):
         raise SystemExit(f"{path} holds no model and model_args; name a checkpoint of train.py")
+    if not isinstance(checkpoint.get("iter_num", 0), int):
+        raise SystemExit(f"{path} tells no iteration, but {type(checkpoint['iter_num'])}; {RESTORE}")
     return checkpoint
 
 
@@ -784,20 +786,22 @@ def newest_state(paths: Sequence[str], lazily: bool = False) -> tuple[str, dict]
 
     Raises SystemExit if none is whole.
     """
-    states, failure = [], None
+    states, failures = [], []
     for path in paths:
         try:
             states.append((load_checkpoint(path, lazily=True, check=False).get("iter_num", 0), path))
         except SystemExit as e:
-            failure = e
-            print(f"{e}; passed over", file=sys.stderr)
+            failures.append(e)
     for _, path in sorted(states, key=lambda state: -state[0]):
         try:
-            return path, load_checkpoint(path, lazily)
+            newest = load_checkpoint(path, lazily)
         except SystemExit as e:
-            failure = e
-            print(f"{e}; passed over", file=sys.stderr)
-    raise failure
+            failures.append(e)
+            continue
+        for failure in failures:
+            print(f"{failure}; passed over, {path} is taken", file=sys.stderr)
+        return path, newest
+    raise failures[0]
 
 
 def fill_shards(

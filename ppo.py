@@ -522,6 +522,17 @@ class Critic(nn.Module):
 # ---- the run -----------------------------------------------------------------------------------------
 
 
+def rollout_size(ppo: PPOConfig, cfg) -> int:
+    """Episodes per iteration. Raises SystemExit if groups of responses do not come out even."""
+    size = ppo.rollout_size or 8 * cfg.batch_size
+    if size % ppo.group_size:
+        raise SystemExit(
+            f"--group_size={ppo.group_size} must divide the rollout's {size} episodes; "
+            f"add --rollout_size={-(-size // ppo.group_size) * ppo.group_size}"
+        )
+    return size
+
+
 class PPO:
     """A run's moving parts: policy, reference, critic, their optimizers, and where the run stands.
 
@@ -585,12 +596,7 @@ class PPO:
         self.last = self.first + ppo.ppo_iters if ppo.ppo_iters else cfg.max_iters + 1
         self.beta, self.episodes, self.seconds = ppo.init_kl_coef, 0, 0.0
         self.evaluated, self.best, self.evaluation = False, -math.inf, {}
-        self.size = ppo.rollout_size or 8 * cfg.batch_size
-        if self.size % ppo.group_size:
-            raise SystemExit(
-                f"--group_size={ppo.group_size} must divide the rollout's {self.size} episodes; "
-                f"add --rollout_size={-(-self.size // ppo.group_size) * ppo.group_size}"
-            )
+        self.size = rollout_size(ppo, cfg)
         self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
 
     # -- collecting

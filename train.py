@@ -546,10 +546,9 @@ def meet(backend: str) -> None:
         ) from None
 
 
-def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
-    """Pick device, precision and rank; joins the other processes when torchrun started this one."""
+def count_ranks(cfg: TrainConfig, ppo: bool = False) -> int:
+    """How many processes there are. Raises SystemExit if the work cannot be shared by so many."""
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # set by torchrun
-    device = cfg.device
     if cfg.fsdp and "RANK" not in os.environ:
         raise SystemExit(
             "--fsdp splits the model over processes; run: torchrun --standalone --nproc_per_node=2 train.py "
@@ -560,6 +559,12 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
             f"{world_size} processes cannot share --gradient_accumulation_steps="
             f"{cfg.gradient_accumulation_steps}; make it a multiple of {world_size}"
         )
+    return world_size
+
+
+def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
+    """Pick device, precision and rank; joins the other processes when torchrun started this one."""
+    world_size, device = count_ranks(cfg, ppo), cfg.device
     if world_size > 1 and pick_device(device.partition(":")[0]) == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device)
@@ -667,6 +672,7 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
 
 def check_shape(cfg: TrainConfig, args: ModelArgs) -> None:
     """SystemExit for a new model that there is no data for, or no room, before it is built."""
+    count_ranks(cfg)
     if args.vocab_size > 2**16:
         raise SystemExit(
             f"--vocab_size={args.vocab_size} is above {2**16} (16 bits per token); give a smaller one, "
@@ -1090,6 +1096,24 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
         print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
 
 
+def check_lengths(ppo: PPOConfig, args: ModelArgs) -> None:
+    """SystemExit for a prompt or a target that the context has no room for."""
+    longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
+    if wants_length(ppo.reward) and ppo.target_len > longest:
+        limit = (
+            f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
+        )
+        raise SystemExit(
+            f"no story can come to --target_len={ppo.target_len} within {limit}; choose a lower target, "
+            f"like --target_len={max(longest // 2, 1)}"
+        )
+    if ppo.start_len >= args.max_seq_len:
+        raise SystemExit(
+            f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens; choose "
+            f"a lower one, like --start_len={max(args.max_seq_len // 4, 1)}"
+        )
+
+
 def configure_ppo(
     model_given: dict, given: dict, ppo_given: dict
 ) -> tuple[TrainConfig, PPOConfig, dict, str, dict | None]:
@@ -1142,20 +1166,7 @@ def configure_ppo(
             f"--fsdp does not split --critic={ppo.critic}; take --critic=reference or --advantage=rloo "
             "--group_size=4"
         )
-    longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
-    if wants_length(ppo.reward) and ppo.target_len > longest:
-        limit = (
-            f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
-        )
-        raise SystemExit(
-            f"no story can come to --target_len={ppo.target_len} within {limit}; choose a lower target, "
-            f"like --target_len={max(longest // 2, 1)}"
-        )
-    if ppo.start_len >= args.max_seq_len:
-        raise SystemExit(
-            f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens; choose "
-            f"a lower one, like --start_len={max(args.max_seq_len // 4, 1)}"
-        )
+    check_lengths(ppo, args)
     return cfg, ppo, checkpoint, state_path, state
 
 

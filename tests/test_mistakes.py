@@ -22,6 +22,8 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT, VOCAB
 
+import tokenizer
+
 AS_PROCESSES = bool(os.environ.get("MISTAKES_AS_PROCESSES"))
 HELP = "see: python {} --help"
 CC = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -64,6 +66,8 @@ def halve(path: str):
     return lambda folder: os.truncate(folder / path, (folder / path).stat().st_size // 2)
 
 
+HELD = []  # what must stay open
+
 SET_UPS = {
     "nothing yet": remove("data", "out"),
     "no stories": remove("data/TinyStories_all_data"),
@@ -79,7 +83,10 @@ SET_UPS = {
     "no run": remove("out"),
     "an empty ckpt.pt": lambda folder: (remove("out/last.pt")(folder), write("out/ckpt.pt", "")(folder)),
     "half a last.pt": lambda folder: (remove("out/ckpt.pt")(folder), halve("out/last.pt")(folder)),
-    "model.bin as ckpt.pt": copy("out/model.bin", "out/ckpt.pt"),
+    "model.bin as last.pt": lambda folder: (
+        remove("out/ckpt.pt")(folder),
+        copy("out/model.bin", "out/last.pt")(folder),
+    ),
     "a text as ppo_ckpt.pt": write("out/ppo_ckpt.pt", "a text"),
     "another run's ppo_ckpt.pt": copy("out/ckpt.pt", "out/ppo_ckpt.pt"),
     "half a model.bin": halve("out/model.bin"),
@@ -95,6 +102,7 @@ SET_UPS = {
     "a reward that exits": write("r.py", "import sys; sys.exit()"),
     "a reward of two lists": write("r.py", "def f(prompts, stories): return [0] * len(stories)"),
     "a reward that is text": write("r.txt", "def f(a, b, c, d): return a"),
+    "a run at work": lambda folder: HELD.append(tokenizer.lock(str(folder / "out"))),
     "no program": remove("run"),
     "broken metrics": write("out/metrics.jsonl", "nonsense\n"),
 }
@@ -232,6 +240,7 @@ TABLE = [
     Mistake("an infinite rate", f"{NEW} --learning_rate=inf", "learning_rate=inf must be a", TRAIN_HELP),
     Mistake("a negative count", f"{NEW} --max_iters=-1", "max_iters=-1 must be", TRAIN_HELP),
     Mistake("a batch of none", f"{NEW} --batch_size=0", "batch_size=0 must be at least 1", TRAIN_HELP),
+    Mistake("no state to keep", f"{NEW} --keep=0", "keep=0 must be at least 1", TRAIN_HELP),
     Mistake("neither true nor false", f"{NEW} --decay_lr=maybe", "invalid boolean.*'maybe'", TRAIN_HELP),
     Mistake("half a compilation", f"{NEW} --compile=maybe", "'maybe' is not one of auto, True, False",
             TRAIN_HELP),
@@ -283,12 +292,15 @@ TABLE = [
             "leave the flag out"),
     Mistake("resume without its data", f"{RESUME} --data_dir=there", f"no token shards in there/tok{VOCAB}",
             f"pretokenize --vocab_size={VOCAB} --data_dir=there"),
-    Mistake("resume of an empty file", RESUME, "ckpt.pt cannot be read as a checkpoint",
-            "put a whole copy", "an empty ckpt.pt"),
+    Mistake("resume of an empty file", RESUME, "ckpt.pt cannot be read as a checkpoint", "put a whole copy",
+            "an empty ckpt.pt"),
     Mistake("resume of half a file", RESUME, "last.pt cannot be read as a checkpoint", "put a whole copy",
             "half a last.pt"),
-    Mistake("resume of a .bin", RESUME, "ckpt.pt is no checkpoint", "python export.py ckpt.pt --checkpoint=",
-            "model.bin as ckpt.pt"),
+    Mistake("resume of a .bin", RESUME, "last.pt is no checkpoint", "python export.py ckpt.pt --checkpoint=",
+            "model.bin as last.pt"),
+
+    Mistake("two runs at once", RESUME, "out is in use by process", "choose another --out_dir",
+            "a run at work", process=True),
 
     # train.py --ppo
     Mistake("PPO without resume", "python train.py --ppo", "--ppo fine-tunes out/ckpt.pt",
@@ -469,6 +481,9 @@ TABLE = [
     Mistake("a typo under torchrun", "torchrun --standalone --nproc_per_node=2 train.py --vocab_sorce=custom",
             "no such option or argument: --vocab_sorce", "did you mean --vocab_source", process=True),
 
+    Mistake("--fsdp alone", f"{NEW} --fsdp", "--fsdp splits the model over processes",
+            "run: torchrun --standalone"),
+
     # what is not installed (-S: no site-packages)
     *(Mistake(f"{script} without packages", f"python -S {script}", *NO_PACKAGE, process=True)
       for script in ("tinystories.py", "tokenizer.py", "model.py", "export.py", "ppo.py", "train.py")),
@@ -482,7 +497,6 @@ TABLE = [
 def world(data_dir, tmp_path_factory) -> Path:
     """A folder with all that a small run leaves, the Makefile, and run."""
     import tinystories
-    import tokenizer
     import train
 
     folder = tmp_path_factory.mktemp("world")
@@ -515,11 +529,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in paths}
 
 
-def in_process(words: list[str], alone: bool, capfd, monkeypatch) -> tuple[int, str, str]:
+def in_process(words: list[str], capfd, monkeypatch) -> tuple[int, str, str]:
     """Exit code, standard output and error of `python SCRIPT …`, run here."""
     script = importlib.import_module(words[1].removesuffix(".py"))
     monkeypatch.setattr(sys, "argv", words[1:])
-    if words[1] == "train.py" and alone:  # nothing slow may come first
+    if words[1] == "train.py":  # nothing slow may come first
 
         def build(args):
             raise AssertionError("a model was built before the mistake was seen")
@@ -574,7 +588,7 @@ def test_mistake(mistake, world, taken_port, tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(folder)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        code, out, err = in_process(words, not variables, capfd, monkeypatch)
+        code, out, err = in_process(words, capfd, monkeypatch)
     else:
         code, out, err = as_process(words, variables, folder)
 
@@ -600,7 +614,7 @@ def test_report_without_matplotlib(world, tmp_path, monkeypatch):
     import ppo
 
     (tmp_path / "metrics.jsonl").write_text('{"iter": 1, "ppo/kl": 0}\n')
-    monkeypatch.setattr(ppo, "load_checkpoint", lambda path: {"evaluation": {"before": 1}})
+    monkeypatch.setattr(ppo, "newest_state", lambda paths, lazily: (paths[0], {"evaluation": {"before": 1}}))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="run: pip install matplotlib"):
         ppo.main(["report", str(tmp_path)])
