@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -22,9 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
 # ----------------------------------------------------------------------------
 # Configuration
@@ -33,6 +40,9 @@ from torch import nn
 def opt(default, text: str, **extra):
     """A dataclass field that carries its own help text, from which the command line is made."""
     return field(default=default, metadata={"help": text, **extra})
+
+
+MAX_SEQ_LEN = 2**24
 
 
 @dataclass
@@ -68,8 +78,12 @@ class ModelArgs:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if not (self.rope_theta > 0 and self.norm_eps > 0):
-            raise ValueError(f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must be positive")
+        if not (0 < self.rope_theta < 1e38 and 0 < self.norm_eps < 1):  # what run.c and float32 can tell
+            raise ValueError(
+                f"rope_theta={self.rope_theta} must be in (0, 1e38), norm_eps={self.norm_eps} in (0, 1)"
+            )
+        if self.max_seq_len > MAX_SEQ_LEN:  # the rotary tables are made for all of it
+            raise ValueError(f"max_seq_len={self.max_seq_len} must be at most {MAX_SEQ_LEN}")
         if self.hidden_dim is not None and self.hidden_dim < 1:
             raise ValueError(f"hidden_dim={self.hidden_dim} must be at least 1")
         if self.hidden_dim is None:
@@ -78,6 +92,13 @@ class ModelArgs:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    def num_parameters(self) -> int:
+        """How many a Transformer of this shape has, known before it is built."""
+        attention = 2 * self.dim * self.dim + 2 * self.dim * self.n_kv_heads * self.head_dim
+        layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        tables = 1 if self.tie_embeddings else 2
+        return self.n_layers * layer + self.dim + tables * self.vocab_size * self.dim
 
 
 # ----------------------------------------------------------------------------
@@ -509,6 +530,29 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
         torch.save(checkpoint, f)
 
 
+RESTORE = "put a whole copy in its place, or train into another --out_dir"
+
+
+def no_checkpoint(path: Path) -> str:
+    """That there is none at path, and what to do about it."""
+    if path.is_dir():
+        return f"{path} is a folder, no checkpoint; name a file in it, like {path / 'ckpt.pt'}"
+    how = {"ckpt.pt": "", "last.pt": "", "ppo_ckpt.pt": " --init_from=resume --ppo"}.get(path.name)
+    if how is None:
+        return f"no checkpoint at {path}; check the name, or make out/ckpt.pt: python train.py"
+    return f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}{how}"
+
+
+def fault(e: Exception, why: str) -> str:
+    """Why a checkpoint was refused, in place of torch's advice to run what is in it."""
+    from tokenizer import printable
+
+    if "Weights only load failed" not in str(e):
+        return printable(why)
+    code = re.search(r"GLOBAL ([\w.]+)", str(e))
+    return f"it would run code ({code[1]})" if code else "it holds something else than weights"
+
+
 def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool = True) -> dict:
     """Read a checkpoint of train.py or of llama2.c onto the CPU; code hidden in a pickle is refused.
 
@@ -520,9 +564,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
     if path.suffix == SHARDED and path.is_dir():
         return load_sharded(path, lazily)
     if not path.is_file():
-        raise SystemExit(
-            f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}"
-        )
+        raise SystemExit(no_checkpoint(path))
     with open(path, "rb") as f:
         if f.read(1) not in (b"P", b"\x80", b""):  # neither a zip archive nor a pickle
             raise SystemExit(
@@ -539,6 +581,8 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
     except (
         RuntimeError,
         LookupError,
+        AssertionError,
+        struct.error,
         AttributeError,
         TypeError,
         ValueError,
@@ -550,10 +594,13 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
         pickle.UnpicklingError,
     ) as e:  # whatever a damaged archive leads its readers into
         why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
-        raise SystemExit(f"{path} is no checkpoint that can be read safely: {why}") from None
-    parts = (checkpoint.get(k) for k in ("model", "model_args")) if isinstance(checkpoint, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise SystemExit(f"{path} holds no model and model_args; is it a checkpoint of train.py?")
+        raise SystemExit(f"{path} cannot be read as a checkpoint: {fault(e, why)}; {RESTORE}") from None
+    parts = {"config": {}} | checkpoint if isinstance(checkpoint, dict) else {}
+    parts = [parts.get(key) for key in ("model", "model_args", "config")]
+    if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):
+        raise SystemExit(f"{path} holds no model and model_args; name a checkpoint of train.py")
+    if not isinstance(checkpoint.get("iter_num", 0), int):
+        raise SystemExit(f"{path} tells no iteration, but {type(checkpoint['iter_num'])}; {RESTORE}")
     return checkpoint
 
 
@@ -739,20 +786,22 @@ def newest_state(paths: Sequence[str], lazily: bool = False) -> tuple[str, dict]
 
     Raises SystemExit if none is whole.
     """
-    states, failure = [], None
+    states, failures = [], []
     for path in paths:
         try:
             states.append((load_checkpoint(path, lazily=True, check=False).get("iter_num", 0), path))
         except SystemExit as e:
-            failure = e
-            print(f"{e}; passed over", file=sys.stderr)
+            failures.append(e)
     for _, path in sorted(states, key=lambda state: -state[0]):
         try:
-            return path, load_checkpoint(path, lazily)
+            newest = load_checkpoint(path, lazily)
         except SystemExit as e:
-            failure = e
-            print(f"{e}; passed over", file=sys.stderr)
-    raise failure
+            failures.append(e)
+            continue
+        for failure in failures:
+            print(f"{failure}; passed over, {path} is taken", file=sys.stderr)
+        return path, newest
+    raise failures[0]
 
 
 def fill_shards(
@@ -785,16 +834,23 @@ def model_from_checkpoint(
         state["output.weight"] = state["tok_embeddings.weight"]
     known = {f.name for f in fields(ModelArgs)}
     if unknown := args.keys() - known:
-        raise SystemExit(f"{path} has model_args this version does not know: {', '.join(sorted(unknown))}")
+        names = fault(ValueError(), ", ".join(sorted(unknown)))
+        raise SystemExit(f"{path} has model_args this version does not know: {names}; update the program")
+    try:
+        shape, held = ModelArgs(**args), sum(w.numel() for w in state.values())
+        if not empty and shape.num_parameters() > held:  # before memory is taken for what is not there
+            raise ValueError(f"it has {held:,} numbers of {shape.num_parameters():,}")
+    except (ValueError, TypeError, AttributeError) as e:
+        why = fault(e, str(e))
+        raise SystemExit(f"{path} does not hold the model it describes: {why}; {RESTORE}") from None
     try:
         with torch.device("meta" if empty else "cpu"):
             model = Transformer(ModelArgs(**args | changes))
         if not empty:
             model.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise SystemExit(
-            f"{path} does not hold the model it describes: {' '.join(str(e).split())[:200]}"
-        ) from None
+        why = fault(e, " ".join(str(e).split())[:200])
+        raise SystemExit(f"{path} does not hold the model it describes: {why}; {RESTORE}") from None
     return model
 
 
@@ -806,8 +862,9 @@ def pick_device(name: str = "auto") -> str:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
         kind, 0
     )
-    if not (index or "0").isdigit() or int(index or "0") >= count:
-        raise SystemExit(f"no device {name} here; try --device={pick_device()}")
+    known = re.fullmatch(r"[a-z]+(:(0|[1-9][0-9]{0,3}))?", name)
+    if not known or int(index or 0) >= count:
+        raise SystemExit(f"no device {name!r} here; try --device={pick_device()}")
     return name
 
 
@@ -856,10 +913,10 @@ class TextStream:
         self.shown = len(text)
 
 
-def parse_cli() -> argparse.Namespace:
+def parse_cli(argv: list[str] | None) -> argparse.Namespace:
     from tokenizer import CommandLine
 
-    cli = CommandLine(description=__doc__)
+    cli = CommandLine(prog="model.py", description=__doc__)
     add = cli.add_argument
     add("--checkpoint", default="out/ckpt.pt", help="default: %(default)s")
     add("--start", default="", help="beginning of the text, or FILE:path to read it from a file")
@@ -876,11 +933,17 @@ def parse_cli() -> argparse.Namespace:
     add("--tokenizer", help="tokenizer .model; default: the one the checkpoint was trained with")
     add("--seed", type=int, default=1337, help="same seed, same text; default 1337")
     add("--device", default="auto", help="auto|cpu|cuda|cuda:N|mps, default auto")
-    args = cli.parse_args()
-    if not 0 <= args.temperature < math.inf:
-        cli.error(f"--temperature={args.temperature} must not be negative")
-    if args.num_samples < 1 or min(args.max_new_tokens, args.top_k, args.top_p, args.seed) < 0:
-        cli.error("--num_samples must be at least 1, the other numbers at least 0")
+    args = cli.parse_args(argv)
+    for name, low, high in (
+        ("temperature", 0, 1e9),
+        ("num_samples", 1, 2**31),
+        ("max_new_tokens", 0, 2**31),
+        ("top_k", 0, 2**31),
+        ("top_p", 0, 1),
+        ("seed", 0, 2**63 - 1),
+    ):
+        if not low <= getattr(args, name) <= high:
+            cli.error(f"--{name}={getattr(args, name)} must be from {low} to {high:.10g}")
     return args
 
 
@@ -890,23 +953,25 @@ def read_start(start: str) -> str:
     try:
         return Path(start[5:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f"--start={start}: {e}") from None
+        why = e.strerror if isinstance(e, OSError) else f"not UTF-8 ({e.reason})"
+        raise SystemExit(f"--start={start}: {why}; name a text file, or write the text itself") from None
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it does any other
-    args = parse_cli()
+    args = parse_cli(argv)
     start = read_start(args.start)
+    device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
-    model = model_from_checkpoint(checkpoint, args.checkpoint).to(pick_device(args.device)).eval()
+    model = model_from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
     tokenizer = find_tokenizer(checkpoint, args.checkpoint, args.tokenizer)
     prompt = tokenizer.encode(start, bos=True)
     limit = model.args.max_seq_len
     if len(prompt) >= limit or max(prompt) >= model.args.vocab_size:
         raise SystemExit(
             f"--start is {len(prompt)} tokens up to id {max(prompt)}; this model takes fewer than {limit} "
-            f"tokens of ids below {model.args.vocab_size}"
+            f"tokens of ids below {model.args.vocab_size}; shorten it, or name another --tokenizer"
         )
     stream = TextStream(tokenizer, prompt) if args.num_samples == 1 else None
     if stream:

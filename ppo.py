@@ -12,6 +12,7 @@ Not for: training reward models, dialogue of several turns, rewards in the middl
 import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -22,9 +23,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
 from model import (
     SHARDED,
@@ -171,7 +178,7 @@ def reward_from_file(spec: str) -> Reward:
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         raise SystemExit(
-            f"--reward={spec}: there is no file {path}; rewards are length, keyword, FILE.py:FUNCTION"
+            f"--reward={spec}: there is no file {path}; give --reward=length, keyword or FILE.py:FUNCTION"
         )
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     if module_spec is None:
@@ -179,10 +186,17 @@ def reward_from_file(spec: str) -> Reward:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as e:  # the user's code may raise anything
-        raise SystemExit(f"--reward={spec}: {path} failed with {type(e).__name__}: {e}") from None
+    except (Exception, SystemExit) as e:  # the user's code may raise anything
+        raise SystemExit(f"--reward={spec}: {path} failed with {type(e).__name__}: {e}; repair it") from None
+    takes = f"write one: def {name or 'reward'}(prompts, stories, tokens, ended)"
     if not callable(function := getattr(module, name, None)):
-        raise SystemExit(f"--reward={spec}: {path} has no function {name}")
+        raise SystemExit(f"--reward={spec}: {path} has no function {name}; {takes}")
+    try:
+        inspect.signature(function).bind(*"four")
+    except TypeError:
+        raise SystemExit(f"--reward={spec}: {name} cannot be called with four lists; {takes}") from None
+    except ValueError:  # one written in C may not tell
+        pass
     return function
 
 
@@ -199,21 +213,24 @@ class Scorer:
         for term in cfg.reward.split("+"):
             weight, name = re.fullmatch(r"(?:([^*]*)\*)?(.*)", term.strip()).groups()
             try:
-                number = float(weight or 1)
+                if not math.isfinite(number := float(weight or 1)):
+                    raise ValueError(weight)
             except ValueError:
-                raise SystemExit(f"--reward={cfg.reward}: {weight} is no number") from None
+                raise SystemExit(
+                    f"--reward={cfg.reward}: {weight} is no number; write it like length+0.5*keyword"
+                ) from None
             if name == "length":
                 reward = length_reward(cfg.target_len)
             elif name == "keyword":
                 words = [word.strip() for word in cfg.keywords.split(",") if word.strip()]
                 if not words:
-                    raise SystemExit("--reward=keyword needs words, like --keywords=dog,happy")
+                    raise SystemExit("--reward=keyword needs words; add them like --keywords=dog,happy")
                 reward = keyword_reward(words)
             elif ":" in name:
                 reward = reward_from_file(name)
             else:
                 raise SystemExit(
-                    f"--reward={name} is not known; it can be length, keyword or FILE.py:FUNCTION"
+                    f"--reward={name} is not known; give --reward=length, keyword or FILE.py:FUNCTION"
                 )
             self.parts.append((name.rpartition(":")[2], number, reward))
 
@@ -505,6 +522,17 @@ class Critic(nn.Module):
 # ---- the run -----------------------------------------------------------------------------------------
 
 
+def rollout_size(ppo: PPOConfig, cfg) -> int:
+    """Episodes per iteration. Raises SystemExit if groups of responses do not come out even."""
+    size = ppo.rollout_size or 8 * cfg.batch_size
+    if size % ppo.group_size:
+        raise SystemExit(
+            f"--group_size={ppo.group_size} must divide the rollout's {size} episodes; "
+            f"add --rollout_size={-(-size // ppo.group_size) * ppo.group_size}"
+        )
+    return size
+
+
 class PPO:
     """A run's moving parts: policy, reference, critic, their optimizers, and where the run stands.
 
@@ -524,6 +552,7 @@ class PPO:
     ):
         self.ppo, self.cfg, self.runtime, self.tokenizer = ppo, cfg, runtime, tokenizer
         self.prompts, self.eval_prompts = prompts, eval_prompts
+        self.scorer, self.moments = Scorer(ppo, tokenizer), RunningMoments()
         path = os.path.join(cfg.out_dir, "ckpt.pt")
         # no dropout: the probability ratio would not be 1 at the start
         empty = runtime.fsdp and runtime.rank > 0  # there, rank 0's weights arrive in parts
@@ -540,7 +569,8 @@ class PPO:
         self.names = [n for n, _ in self.policy.named_parameters() if re.search(ppo.train_only, n)]
         if not self.names:
             raise SystemExit(
-                f"--train_only={ppo.train_only} matches no parameter, such as layers.0.attention.wq.weight"
+                f"--train_only={ppo.train_only} matches no parameter; write a part of a name such as "
+                "layers.0.attention.wq.weight"
             )
         for name, p in self.policy.named_parameters():
             p.requires_grad_(name in self.names)
@@ -561,15 +591,12 @@ class PPO:
             groups.append({"params": list(self.critic.parameters()), "weight_decay": 0.0, "critic": True})
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=ppo.adam_eps)
-        self.scorer, self.moments = Scorer(ppo, tokenizer), RunningMoments()
         self.first = self.iter_num = checkpoint.get("iter_num", 0)
         # --max_iters is the last iteration, --ppo_iters how many there are
         self.last = self.first + ppo.ppo_iters if ppo.ppo_iters else cfg.max_iters + 1
         self.beta, self.episodes, self.seconds = ppo.init_kl_coef, 0, 0.0
         self.evaluated, self.best, self.evaluation = False, -math.inf, {}
-        self.size = ppo.rollout_size or 8 * cfg.batch_size
-        if self.size % ppo.group_size:
-            raise SystemExit(f"--group_size={ppo.group_size} must divide the rollout's {self.size} episodes")
+        self.size = rollout_size(ppo, cfg)
         self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
 
     # -- collecting
@@ -1124,13 +1151,21 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
 
 def read_metrics(path: str) -> tuple[list[dict], list[dict]]:
     """PPO's lines of a metrics.jsonl: iterations, and held-out evaluations."""
-    if not os.path.exists(path):
+    folder = os.path.dirname(path)
+    if os.path.isfile(folder):
+        raise SystemExit(f"{folder} is a file; run: python ppo.py report {os.path.dirname(folder) or '.'}")
+    if not os.path.isfile(path):
         raise SystemExit(
             f"no {path}; to make one, run: python train.py --init_from=resume --ppo "
             f"--out_dir={os.path.dirname(path) or '.'}"
         )
-    with open(path, encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f if line.endswith("\n")]
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for i, line in enumerate(f, start=1):
+            try:
+                lines += [dict(json.loads(line))] if line.endswith("\n") else []
+            except (ValueError, TypeError):
+                raise SystemExit(f"{path}, line {i} is damaged; delete it, then run the same again") from None
     return [x for x in lines if "ppo/kl" in x], [x for x in lines if "ppo/eval/kl" in x]
 
 

@@ -13,11 +13,13 @@ Not for: preparing data (tinystories.py), models that need to be split over seve
 
 import dataclasses
 import gc
+import glob
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -32,12 +34,18 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import IO
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+    from tqdm import tqdm
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
 from export import DEFAULTS, write_bin
 from model import (
@@ -59,7 +67,7 @@ from model import (
 )
 from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, train_ppo, wants_length
 from tinystories import StoryStarts, TokenBatches, command, read_meta, token_dir
-from tokenizer import CommandLine, atomic_write, lock
+from tokenizer import CommandLine, atomic_write, did_you_mean, lock
 
 # Above so many parameters the gradients of several parts at once would take too much memory
 THREADED_PARAMETERS = 50_000_000
@@ -146,7 +154,10 @@ class TrainConfig:
             "seed",
         ):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
+        for name in ("out_dir", "data_dir", "init_from"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty")
         if self.seed >= 2**62:
             raise ValueError(f"seed={self.seed} must be below 2**62")
         for name in ("beta1", "beta2"):
@@ -198,7 +209,7 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict, dict]:
                     how |= {
                         "nargs": "?",
                         "const": "True",
-                        "type": lambda v: v if v == "auto" else v.capitalize(),
+                        "type": lambda v: v.capitalize() if v.lower() in ("true", "false") else v,
                     }
             text = f.metadata["help"]
             if "(default" not in text and f.default != "":
@@ -246,15 +257,11 @@ class Metrics:
         with atomic_write(self.path, "w") as f:
             f.writelines(kept)
         if cfg.wandb_log:
-            if not importlib.util.find_spec("wandb"):
-                raise SystemExit("--wandb_log needs a package; run: pip install wandb")
             import wandb
 
             name = cfg.wandb_run_name or datetime.now().strftime("run%Y_%m_%d_%H_%M_%S")
             self.wandb = wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg))
         if cfg.tensorboard_log:
-            if not importlib.util.find_spec("tensorboard"):
-                raise SystemExit("--tensorboard_log needs a package; run: pip install tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(os.path.join(cfg.out_dir, "tensorboard"))
@@ -504,10 +511,65 @@ def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
         time.sleep(0.05)
 
 
-def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
-    """Pick device, precision and rank; joins the other processes when torchrun started this one."""
+def check_launch() -> None:
+    """SystemExit if this is said to be one of several processes, but not which, or how to meet the others."""
+    if "RANK" not in os.environ:
+        return
+    torchrun = "run: torchrun --standalone --nproc_per_node=2 train.py … (their number), or: unset RANK"
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or name != "MASTER_ADDR" and not re.fullmatch("[0-9]{1,9}", value):
+            raise SystemExit(f"RANK is set, and {name} is {value!r}; {torchrun}")
+        numbers[name] = value if name == "MASTER_ADDR" else int(value)
+    if numbers["RANK"] >= numbers["WORLD_SIZE"] or numbers["MASTER_PORT"] > 65535:
+        raise SystemExit(
+            f"there is no RANK {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']} "
+            f"at MASTER_PORT {numbers['MASTER_PORT']}; {torchrun}"
+        )
+
+
+def check_early(given: dict) -> None:
+    """SystemExit for flags that cannot be right on this machine: before any file is read, and any written."""
+    cfg = TrainConfig(**given)
+    words = ("scratch", "resume", "auto")
+    if cfg.init_from not in words and not os.path.exists(cfg.init_from):
+        raise SystemExit(
+            f"no checkpoint at {cfg.init_from}; --init_from is one's path, or one of {', '.join(words)}"
+            + did_you_mean(cfg.init_from, list(words))
+        )
+    if pick_device(cfg.device).partition(":")[0] != "cuda" and cfg.dtype == "float16":
+        raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
+    if cfg.eval_only:  # writes nothing
+        return
+    there = os.path.abspath(cfg.out_dir)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+        why = "may not be written to" if os.path.isdir(there) else "is no folder"
+        raise SystemExit(f"cannot write to {cfg.out_dir}: {there} {why}; choose another --out_dir")
+    for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
+        if getattr(cfg, flag) and not importlib.util.find_spec(package):
+            raise SystemExit(f"--{flag} needs a package; run: pip install {package}")
+
+
+def meet(backend: str) -> None:
+    """Join the other processes. Raises SystemExit if there is no meeting them."""
+    try:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = fresh_store(next(dist.rendezvous("env://"))[0], rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    except (dist.DistError, ValueError) as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise SystemExit(
+            f"no meeting the other processes at {where} ({str(e).splitlines()[0]}); is another run there? "
+            "choose another --master_port, or run: torchrun --standalone …"
+        ) from None
+
+
+def count_ranks(cfg: TrainConfig, ppo: bool = False) -> int:
+    """How many processes there are. Raises SystemExit if the work cannot be shared by so many."""
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # set by torchrun
-    device = cfg.device
     if cfg.fsdp and "RANK" not in os.environ:
         raise SystemExit(
             "--fsdp splits the model over processes; run: torchrun --standalone --nproc_per_node=2 train.py "
@@ -518,6 +580,12 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
             f"{world_size} processes cannot share --gradient_accumulation_steps="
             f"{cfg.gradient_accumulation_steps}; make it a multiple of {world_size}"
         )
+    return world_size
+
+
+def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
+    """Pick device, precision and rank; joins the other processes when torchrun started this one."""
+    world_size, device = count_ranks(cfg, ppo), cfg.device
     if world_size > 1 and pick_device(device.partition(":")[0]) == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device)
@@ -528,17 +596,12 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
     if world_size > 1 or cfg.fsdp:
         if kind == "cuda":
             torch.cuda.set_device(device)
-        rank = int(os.environ["RANK"])
-        store = fresh_store(next(dist.rendezvous("env://"))[0], rank, world_size)
-        backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        meet("nccl" if kind == "cuda" else "gloo")
     dtype = cfg.dtype
     if dtype == "auto" and kind == "cuda":  # cards before Ampere know no bfloat16
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     elif dtype == "auto":
         dtype = "float32"
-    if dtype == "float16" and kind != "cuda":
-        raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
     # without Triton (Windows, say) there is nothing to compile with
     able = kind == "cuda" and importlib.util.find_spec("triton") is not None
     compiling = able if cfg.compile == "auto" else cfg.compile == "True"
@@ -576,6 +639,7 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
     """
     rank = int(os.environ.get("RANK", 0))
     try:
+        check_early(given)
         cfg = TrainConfig(**given)
         if int(
             os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
@@ -594,6 +658,7 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
                 raise SystemExit(
                     "the Llama 2 tokenizer has 32000 ids; for your own add --vocab_source=custom"
                 )
+            check_shape(cfg, args)
             torch.manual_seed(cfg.seed)
             with torch.device("meta" if cfg.fsdp and rank else "cpu"):
                 return cfg, Transformer(args), "", {}
@@ -624,6 +689,37 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
     except ValueError as e:
         raise SystemExit(f"{e}; see: python train.py --help") from None
     return cfg, model, path, checkpoint
+
+
+def check_shape(cfg: TrainConfig, args: ModelArgs) -> None:
+    """SystemExit for a new model that there is no data for, or no room, before it is built."""
+    count_ranks(cfg)
+    if args.vocab_size > 2**16:
+        raise SystemExit(
+            f"--vocab_size={args.vocab_size} is above {2**16} (16 bits per token); give a smaller one, "
+            "as in: python tinystories.py train_vocab --vocab_size=4096"
+        )
+    check_batch(cfg, args, *find_tokens(cfg, args, {}))
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed = 4 * (args.num_parameters() + 2 * args.max_seq_len * args.head_dim)
+        if needed > memory:
+            raise SystemExit(
+                f"a model of {args.num_parameters():,} parameters takes {needed / 1e9:,.0f} GB, and this "
+                f"machine has {memory / 1e9:,.0f}; lower --dim or --n_layers"
+            )
+
+
+def check_batch(cfg: TrainConfig, args: ModelArgs, folder: str, meta: dict) -> None:
+    """SystemExit if there is less text to train on than one batch holds."""
+    tokens, length = sum(shard["tokens"] for shard in meta["shards"][1:]), args.max_seq_len
+    if cfg.batch_size * length <= tokens or cfg.eval_only:
+        return
+    lower = f"--batch_size={tokens // length}" if length <= tokens else f"--max_seq_len={max(tokens // 8, 1)}"
+    raise SystemExit(
+        f"{folder} has {tokens:,} tokens to train on, fewer than a batch of {cfg.batch_size} x {length}; "
+        f"add more stories, or give {lower} or less"
+    )
 
 
 def agrees(name: str, value, args: ModelArgs) -> bool:
@@ -789,6 +885,13 @@ def find_tokens(cfg: TrainConfig, args: ModelArgs, checkpoint: dict) -> tuple[st
     """Folder and meta of the token shards; raises SystemExit if the checkpoint's tokenizer was another."""
     size = 0 if cfg.vocab_source == "llama2" else args.vocab_size
     folder = token_dir(cfg.data_dir, size)
+    others = glob.glob(os.path.join(glob.escape(cfg.data_dir), "tok*[0-9]", "meta.json"))
+    if others and not checkpoint and not os.path.isdir(folder):
+        there = min(os.path.basename(os.path.dirname(other)) for other in others)
+        raise SystemExit(
+            f"no token shards in {folder}; run: {command('pretokenize', cfg.data_dir, size)}, or take those "
+            f"of {there}: --vocab_source=custom --vocab_size={there.removeprefix('tok')}"
+        )
     meta = read_meta(folder, args.vocab_size)
     trained_with = checkpoint.get("config", {}).get("tokenizer_sha256", meta["tokenizer_sha256"])
     if trained_with != meta["tokenizer_sha256"]:
@@ -806,6 +909,7 @@ class Pretraining:
         """checkpoint, from path, as configure gave them."""
         self.cfg, self.runtime = cfg, runtime
         folder, meta = find_tokens(cfg, model.args, checkpoint)
+        check_batch(cfg, model.args, folder, meta)
         self.config = asdict(cfg) | {"tokenizer_sha256": meta["tokenizer_sha256"]}
         shape = cfg.batch_size, model.args.max_seq_len
         ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
@@ -1014,6 +1118,24 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
         print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
 
 
+def check_lengths(ppo: PPOConfig, args: ModelArgs) -> None:
+    """SystemExit for a prompt or a target that the context has no room for."""
+    longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
+    if wants_length(ppo.reward) and ppo.target_len > longest:
+        limit = (
+            f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
+        )
+        raise SystemExit(
+            f"no story can come to --target_len={ppo.target_len} within {limit}; choose a lower target, "
+            f"like --target_len={max(longest // 2, 1)}"
+        )
+    if ppo.start_len >= args.max_seq_len:
+        raise SystemExit(
+            f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens; choose "
+            f"a lower one, like --start_len={max(args.max_seq_len // 4, 1)}"
+        )
+
+
 def configure_ppo(
     model_given: dict, given: dict, ppo_given: dict
 ) -> tuple[TrainConfig, PPOConfig, dict, str, dict | None]:
@@ -1022,9 +1144,15 @@ def configure_ppo(
     path, state_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ppo_ckpt.pt"))
     if given.get("init_from") not in ("resume", "auto"):
         raise SystemExit(f"--ppo fine-tunes {path}; add --init_from=resume")
+    states = [p for p in (state_path, *numbered(out_dir, "ppo_ckpt")) if os.path.exists(p)]
+    try:
+        check_early(given)
+        if not states:  # of which the rest would come
+            PPOConfig(**ppo_given)
+    except ValueError as e:
+        raise SystemExit(f"{e}; see: python train.py --help") from None
     split = given.get("fsdp", False)
     checkpoint = load_checkpoint(path, split)
-    states = [p for p in (state_path, *numbered(out_dir, "ppo_ckpt")) if os.path.exists(p)]
     state_path, state = newest_state(states, split) if states else ("", None)
     try:
         args = ModelArgs(**checkpoint["model_args"])
@@ -1060,21 +1188,7 @@ def configure_ppo(
             f"--fsdp does not split --critic={ppo.critic}; take --critic=reference or --advantage=rloo "
             "--group_size=4"
         )
-    if os.environ.get("RANK", "0") == "0":
-        print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
-        print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
-    longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
-    if wants_length(ppo.reward) and ppo.target_len > longest:
-        limit = (
-            f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
-        )
-        raise SystemExit(
-            f"no story can come to --target_len={ppo.target_len} within {limit}; choose a lower target"
-        )
-    if ppo.start_len >= args.max_seq_len:
-        raise SystemExit(
-            f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens"
-        )
+    check_lengths(ppo, args)
     return cfg, ppo, checkpoint, state_path, state
 
 
@@ -1090,14 +1204,15 @@ def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: d
         with open(ppo.prompts, encoding="utf-8") as f:
             lines = [line.rstrip("\n") for line in f if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f"--prompts={ppo.prompts}: {e}") from None
+        why = e.strerror if isinstance(e, OSError) else f"not UTF-8 ({e.reason})"
+        raise SystemExit(f"--prompts={ppo.prompts}: {why}; name a text file, one prompt per line") from None
     if not lines:
         raise SystemExit(f"--prompts={ppo.prompts} holds no prompt; write one per line")
     ids = [tokenizer.encode(line, bos=True) for line in lines]
     if (longest := max(map(len, ids))) >= args.max_seq_len:
         raise SystemExit(
             f"--prompts={ppo.prompts}: a prompt of {longest} tokens leaves no room in a context of "
-            f"{args.max_seq_len}"
+            f"{args.max_seq_len}; shorten it"
         )
     train = [p for i, p in enumerate(ids) if i % 10 or len(ids) < 10]  # every tenth is held out
     held_out = (ids[::10] if len(ids) >= 10 else ids)[:count]
@@ -1123,6 +1238,9 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
     metrics = None
     if runtime.rank == 0:
         metrics = open_metrics(cfg, run.iter_num, ppo=True, fresh=state is None)
+        path = os.path.join(cfg.out_dir, "ckpt.pt")
+        print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
+        print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
         trained = sum(p.numel() for p in run.trained)
         print(
             f"{run.policy.num_parameters():,} parameters, {trained:,} trained, on {runtime.world_size} x "
@@ -1165,6 +1283,7 @@ def claim(out_dir: str) -> IO | None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    check_launch()
     model_given, given, ppo_given = parse_cli(argv)
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     # before anything is read there, so that no other run changes it in between
