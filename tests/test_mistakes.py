@@ -537,10 +537,11 @@ def in_process(words: list[str], capfd, monkeypatch) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", words[1:])
     if words[1] == "train.py":  # nothing slow may come first
 
-        def build(args):
-            raise AssertionError("a model was built before the mistake was seen")
+        def slow(*args):
+            raise AssertionError("slow work was begun before the mistake was seen")
 
-        monkeypatch.setattr(script, "Transformer", build)
+        for name in ("Transformer", "pretrain", "train_ppo"):
+            monkeypatch.setattr(script, name, slow)
     capfd.readouterr()
     with pytest.raises(SystemExit) as e:
         script.main()
