@@ -46,6 +46,7 @@ WORDS = st.one_of(
 @settings(max_examples=400, deadline=None)
 @given(st.lists(WORDS, max_size=3))
 @example([["--dim=" + "9" * 5000]])
+@example([["--dim=--"]])
 @example([["--dim=\n\x1b[31m"]])
 @example([["--\udcff=\udcff"]])
 def test_any_command_line_is_parsed_or_refused(words):
