@@ -1554,7 +1554,7 @@ def test_prompts_from_a_file(data_dir, base, tmp_path, tune):
     for text, message in [
         ("\n \n", "no prompt"),
         ("word " * 100, "context of 64"),
-        (b"\xff\xfe\xfa", "utf-8"),
+        (b"\xff\xfe\xfa", "UTF-8"),
     ]:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(SystemExit) as e:
