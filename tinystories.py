@@ -438,8 +438,8 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
         peek()
         try:
             value, end = decode(text, at)
-            if end == len(text) and isinstance(value, int | float) and grow():
-                continue  # there may be more digits
+            if len(text) - end <= 2 and isinstance(value, int | float) and grow():
+                continue  # there may be more of the number, as of 1 in "1e+"
             at = end
         except json.JSONDecodeError as e:  # wrong, or cut off by the end of the text we hold
             after = e.pos - at
