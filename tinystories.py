@@ -412,9 +412,9 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
     def grow() -> bool:
         """Drop what was read and take another piece; False at the end of the file."""
         nonlocal text, at, line
-        piece = next(pieces, "")
-        line += text.count("\n", 0, at)
-        text, at = text[at:] + piece, 0
+        if piece := next(pieces, ""):
+            line += text.count("\n", 0, at)
+            text, at = text[at:] + piece, 0
         return bool(piece)
 
     def peek() -> str:
