@@ -14,11 +14,18 @@ FUZZ_TARGETS = model tokenizer prompt cli
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 8
 
+.DEFAULT:
+	@echo "there is no target or file $@; run: make help" >&2; exit 1
+
 run: run.c  ## build run, the inference program
+	@command -v $(firstword $(CC)) > /dev/null || { echo "there is no C compiler $(firstword $(CC)); install one" \
+	  "(Debian: apt-get install gcc), or name yours: make $@ CC=clang" >&2; exit 1; }
 	$(CC) -std=c11 $(CFLAGS) -o $@ run.c -lm -lpthread
 
 # the stamps change when what they install changes
 $(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { echo "$(PYTHON) is no" \
+	  "Python 3.11 or newer; install one, or name yours: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

@@ -24,20 +24,38 @@ Not for: Hugging Face or GGUF files.
 import argparse
 import math
 import os
+import shlex
 import struct
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-import torch
+try:
+    import numpy as np
+    import torch
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
-from model import ModelArgs, load_checkpoint, model_from_checkpoint, rope_table, save_checkpoint
+from model import (
+    ModelArgs,
+    load_checkpoint,
+    model_from_checkpoint,
+    no_checkpoint,
+    rope_table,
+    save_checkpoint,
+)
 from tokenizer import CommandLine, atomic_write
 
 MAGIC = 0x616B3432  # "ak42"
 HEADER_BYTES = {0: 28, 1: 256, 2: 256, 3: 256}
 GROUP4, BAND, ALIGN = 32, 16, 64  # v3: values that share a scale, rows in a band, where tensors begin
 SPARE = 48  # where in a 256-byte header rope_theta and norm_eps are
+ANOTHER = "name a checkpoint or a .bin model: --checkpoint=FILE"
+OTHERS = (".gguf", ".safetensors", ".onnx", ".json", ".model")  # formats that people may hope for
 DEFAULTS = 10000.0, 1e-5  # llama2.c's rope_theta and norm_eps, the only ones v0 can mean
 
 # ----------------------------------------------------------------------------
@@ -230,9 +248,9 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
     elif version in (1, 2, 3):
         offset = 8
     else:
-        raise SystemExit(f"{path} is a model file of version {version}; this program knows 0 to 3")
+        raise SystemExit(f"{path} is a model file of version {version}; this program knows 0 to 3; {ANOTHER}")
     if len(raw) < HEADER_BYTES[version]:
-        raise SystemExit(f"{path} is no model file: it has only {len(raw)} bytes")
+        raise SystemExit(f"{path} is no model file: it has only {len(raw)} bytes; {ANOTHER}")
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, max_seq_len = struct.unpack_from(
         "<7i", raw, offset
     )
@@ -258,11 +276,11 @@ def read_header(f: BinaryIO, path: str) -> tuple[int, ModelArgs, int]:
             tie_embeddings=bool(tied),
         )
     except (ValueError, ZeroDivisionError) as e:
-        raise SystemExit(f"{path} is no model file: impossible header ({e})") from None
+        raise SystemExit(f"{path} is no model file: impossible header ({e}); {ANOTHER}") from None
     group_size = group_size if version == 2 else 1
     expected = file_bytes(version, args, group_size)
     if size != expected:
-        raise SystemExit(f"{path} is damaged: {size} bytes where its header needs {expected}")
+        raise SystemExit(f"{path} is damaged: {size} bytes where its header needs {expected}; {ANOTHER}")
     return version, args, group_size
 
 
@@ -300,23 +318,48 @@ def read_any(path: str) -> dict:
                 return load_checkpoint(path)
         args, state = read_bin(path)
     except OSError as e:
+        if os.path.isdir(path):
+            raise SystemExit(no_checkpoint(Path(path))) from None
         raise SystemExit(
             f"cannot read {path}: {e.strerror}; a checkpoint comes from: python train.py"
         ) from None
     return {"model": state, "model_args": asdict(args), "config": {}}
 
 
-def main() -> None:
-    cli = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_cli(argv: list[str] | None) -> argparse.Namespace:
+    cli = CommandLine(prog="export.py", description=__doc__)
     cli.add_argument("output", help="the file to write: .pt for a checkpoint, else a model for run.c")
     cli.add_argument(
         "--checkpoint", default="out/ckpt.pt", help="a .pt checkpoint or .bin model; default %(default)s"
     )
-    cli.add_argument("--version", type=int, choices=HEADER_BYTES, default=0, help="layout, default 0")
-    cli.add_argument("--group_size", type=int, default=64, help="v2: values that share a scale, default 64")
-    args = cli.parse_args()
+    cli.add_argument("--version", type=int, choices=HEADER_BYTES, help="layout, default 0")
+    cli.add_argument("--group_size", type=int, help="v2: values that share a scale, default 64")
+    args = cli.parse_args(argv)
+    folder, name = os.path.split(args.output)
+    if not name or os.path.isdir(args.output):
+        cli.error(f"{args.output!r} is no file; name one, like {os.path.join(args.output, 'model.bin')}")
+    if not os.path.isdir(folder or "."):
+        raise SystemExit(f"there is no folder {folder}; run: mkdir -p {shlex.quote(folder)}")
+    if name.endswith(OTHERS):
+        cli.error(f"{name} cannot be written, only .pt (a checkpoint) and .bin (for run.c); name a .bin")
+    if name.endswith(".pt") and os.path.exists(args.output):  # a model.bin can be made again, a run cannot
+        cli.error(f"{args.output} is there already, and may be all there is of a run; name another file")
+    if name.endswith(".pt") and args.version is not None:
+        cli.error(f"--version={args.version} is for .bin files; leave it out, or name a .bin")
+    args.version = args.version or 0
+    if args.group_size is not None and args.version != 2:
+        cli.error("--group_size is for int8; add --version=2, or leave it out")
+    args.group_size = 64 if args.group_size is None else args.group_size
     if args.group_size < 1:
         cli.error(f"--group_size={args.group_size} must be at least 1")
+    if os.path.exists(args.output) and os.path.exists(args.checkpoint):
+        if os.path.samefile(args.output, args.checkpoint):
+            cli.error(f"{args.output} is the model that is read; name another file")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_cli(argv)
     checkpoint = read_any(args.checkpoint)
     model = model_from_checkpoint(checkpoint, args.checkpoint)
     try:
@@ -327,7 +370,8 @@ def main() -> None:
             return
         error = write_bin(args.output, model.args, model.state_dict(), args.version, args.group_size)
     except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
-        raise SystemExit(f"cannot write {args.output}: {e}") from None
+        why = getattr(e, "strerror", None) or e
+        raise SystemExit(f"cannot write {args.output}: {why}; free space, or name another file") from None
     note = ""
     if args.version == 3:
         note = f", largest error {error:.2g}"

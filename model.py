@@ -10,16 +10,28 @@ import argparse
 import math
 import os
 import pickle
+import re
+import shutil
 import signal
+import struct
 import sys
 import time
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
 # ----------------------------------------------------------------------------
 # Configuration
@@ -28,6 +40,9 @@ from torch import nn
 def opt(default, text: str, **extra):
     """A dataclass field that carries its own help text, from which the command line is made."""
     return field(default=default, metadata={"help": text, **extra})
+
+
+MAX_SEQ_LEN = 2**24
 
 
 @dataclass
@@ -63,8 +78,12 @@ class ModelArgs:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if not (self.rope_theta > 0 and self.norm_eps > 0):
-            raise ValueError(f"rope_theta={self.rope_theta} and norm_eps={self.norm_eps} must be positive")
+        if not (0 < self.rope_theta < 1e38 and 0 < self.norm_eps < 1):  # what run.c and float32 can tell
+            raise ValueError(
+                f"rope_theta={self.rope_theta} must be in (0, 1e38), norm_eps={self.norm_eps} in (0, 1)"
+            )
+        if self.max_seq_len > MAX_SEQ_LEN:  # the rotary tables are made for all of it
+            raise ValueError(f"max_seq_len={self.max_seq_len} must be at most {MAX_SEQ_LEN}")
         if self.hidden_dim is not None and self.hidden_dim < 1:
             raise ValueError(f"hidden_dim={self.hidden_dim} must be at least 1")
         if self.hidden_dim is None:
@@ -73,6 +92,13 @@ class ModelArgs:
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    def num_parameters(self) -> int:
+        """How many a Transformer of this shape has, known before it is built."""
+        attention = 2 * self.dim * self.dim + 2 * self.dim * self.n_kv_heads * self.head_dim
+        layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        tables = 1 if self.tie_embeddings else 2
+        return self.n_layers * layer + self.dim + tables * self.vocab_size * self.dim
 
 
 # ----------------------------------------------------------------------------
@@ -326,10 +352,14 @@ class Transformer(nn.Module):
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
         if args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        cos, sin = rope_table(args.head_dim, args.max_seq_len, args.rope_theta)
+        self.reset_rope()
+        self.reset_parameters()
+
+    def reset_rope(self) -> None:
+        """Compute the rotary tables, which are no part of checkpoints, on the CPU."""
+        cos, sin = rope_table(self.args.head_dim, self.args.max_seq_len, self.args.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """N(0, 0.02); as in GPT-2, the projections into the residual stream (wo, w2) are drawn from
@@ -500,16 +530,41 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: dict) -> None:
         torch.save(checkpoint, f)
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict:
+RESTORE = "put a whole copy in its place, or train into another --out_dir"
+
+
+def no_checkpoint(path: Path) -> str:
+    """That there is none at path, and what to do about it."""
+    if path.is_dir():
+        return f"{path} is a folder, no checkpoint; name a file in it, like {path / 'ckpt.pt'}"
+    how = {"ckpt.pt": "", "last.pt": "", "ppo_ckpt.pt": " --init_from=resume --ppo"}.get(path.name)
+    if how is None:
+        return f"no checkpoint at {path}; check the name, or make out/ckpt.pt: python train.py"
+    return f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}{how}"
+
+
+def fault(e: Exception, why: str) -> str:
+    """Why a checkpoint was refused, in place of torch's advice to run what is in it."""
+    from tokenizer import printable
+
+    if "Weights only load failed" not in str(e):
+        return printable(why)
+    code = re.search(r"GLOBAL ([\w.]+)", str(e))
+    return f"it would run code ({code[1]})" if code else "it holds something else than weights"
+
+
+def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool = True) -> dict:
     """Read a checkpoint of train.py or of llama2.c onto the CPU; code hidden in a pickle is refused.
 
-    Raises SystemExit, in one line, for a file that is missing, damaged or something else.
+    A folder of save_sharded is read whole, too. lazily: tensors stay on the disk until they are used (those
+    of such a folder are left out). check: look for damage by the checksums. Raises SystemExit, in one line,
+    for a file that is missing, damaged or something else.
     """
     path = Path(path)
+    if path.suffix == SHARDED and path.is_dir():
+        return load_sharded(path, lazily)
     if not path.is_file():
-        raise SystemExit(
-            f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}"
-        )
+        raise SystemExit(no_checkpoint(path))
     with open(path, "rb") as f:
         if f.read(1) not in (b"P", b"\x80", b""):  # neither a zip archive nor a pickle
             raise SystemExit(
@@ -517,29 +572,256 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
                 f"python export.py ckpt.pt --checkpoint={path}"
             )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        zipped = zipfile.is_zipfile(path)
+        if zipped and check:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch.load itself lets a flipped bit pass
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and lazily)
     except (
         RuntimeError,
         LookupError,
+        AssertionError,
+        struct.error,
         AttributeError,
         TypeError,
         ValueError,
         EOFError,
         OSError,
+        NotImplementedError,
+        zlib.error,
+        zipfile.BadZipFile,
         pickle.UnpicklingError,
-    ) as e:  # whatever a damaged archive leads the unpickler into
+    ) as e:  # whatever a damaged archive leads its readers into
         why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
-        raise SystemExit(f"{path} is no checkpoint that can be read safely: {why}") from None
-    parts = (checkpoint.get(k) for k in ("model", "model_args")) if isinstance(checkpoint, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise SystemExit(f"{path} holds no model and model_args; is it a checkpoint of train.py?")
+        raise SystemExit(f"{path} cannot be read as a checkpoint: {fault(e, why)}; {RESTORE}") from None
+    parts = {"config": {}} | checkpoint if isinstance(checkpoint, dict) else {}
+    parts = [parts.get(key) for key in ("model", "model_args", "config")]
+    if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):
+        raise SystemExit(f"{path} holds no model and model_args; name a checkpoint of train.py")
+    if not isinstance(checkpoint.get("iter_num", 0), int):
+        raise SystemExit(f"{path} tells no iteration, but {type(checkpoint['iter_num'])}; {RESTORE}")
     return checkpoint
 
 
-def model_from_checkpoint(checkpoint: dict, path: str | os.PathLike = "checkpoint", **changes) -> Transformer:
+# A model that is split over ranks (FSDP) is saved as a folder NAME.dcp: torch.distributed.checkpoint's files
+# with the tensors, each rank's written by itself, and rest.pt with all else and the files' checksums.
+
+SHARDED = ".dcp"
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors of an optimizer's state under flat names, those of no step yet being zero."""
+    tensors = {}
+    params = [(p, group.get("fused")) for group in optimizer.param_groups for p in group["params"]]
+    for i, (p, fused) in enumerate(params):
+        if not (state := optimizer.state[p]):  # as AdamW makes them
+            state["step"] = torch.zeros((), device=p.device if fused else "cpu")
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        tensors |= {f"optimizer/{i}/{key}": value for key, value in state.items()}
+    return tensors
+
+
+def shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Weights and moments under flat names; tied weights come once."""
+    weights = model.state_dict()  # which also makes sure that they are split just now
+    return {f"model/{name}": weights[name] for name, _ in model.named_parameters()} | moments(optimizer)
+
+
+def save_sharded(path: str, tensors: dict[str, torch.Tensor], rest: dict) -> None:
+    """Write what shards() gives, and plain values, as the folder `path`; all ranks call it.
+
+    It appears whole or not at all, and must not be there yet. Raises OSError or RuntimeError, as torch.save.
+    """
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    tmp, rank = path + ".tmp", dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+    dist.barrier()
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp))
+    names = (f"__{rank}_", ".metadata") if rank == 0 else f"__{rank}_"
+    ours = [name for name in os.listdir(tmp) if name.startswith(names)]
+    sums = [None] * dist.get_world_size()
+    dist.all_gather_object(sums, {name: crc_of(os.path.join(tmp, name)) for name in ours})
+    if rank == 0:
+        sums = {name: crc for part in sums for name, crc in part.items()}
+        save_checkpoint(os.path.join(tmp, "rest.pt"), rest | {"model": {}, "crc32": sums})
+        os.replace(tmp, path)
+    dist.barrier()
+
+
+def crc_of(path: str | os.PathLike) -> int:
+    crc = 0
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def sharded_reader(path: str | os.PathLike, rest: dict, rank: int = 0, world_size: int = 1):
+    """A reader of a folder of save_sharded, once its files are known to be whole, each looked at by one rank.
+
+    Raises SystemExit for damage, and for an index that holds anything but an index: it is a pickle.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    class Index(pickle.Unpickler):
+        ALLOWED = {
+            "torch.distributed.checkpoint.metadata": (
+                "Metadata MetadataIndex StorageMeta TensorStorageMetadata TensorProperties "
+                "ChunkStorageMetadata _MEM_FORMAT_ENCODING"
+            ),
+            "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+            "torch.serialization": "_get_layout",
+            "torch": "Size float32 bfloat16 float16 float64 int64",
+            "pathlib": "PosixPath WindowsPath PurePosixPath",
+        }
+
+        def find_class(self, module: str, name: str):
+            if name not in self.ALLOWED.get(module, "").split():
+                raise pickle.UnpicklingError(f"its index asks for {module}.{name}")
+            return super().find_class(module, name)
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            with open(os.path.join(path, ".metadata"), "rb") as f:
+                return Index(f).load()
+
+    try:
+        for i, (name, crc) in enumerate(sorted(rest["crc32"].items())):
+            if i % world_size == rank and crc_of(os.path.join(path, os.path.basename(name))) != crc:
+                raise ValueError(f"the checksum of {name} is wrong")
+        reader = Reader(path)
+        files = {info.relative_path for info in reader.read_metadata().storage_data.values()}
+        if not files <= rest["crc32"].keys():
+            raise ValueError("its index names other files")
+    except (
+        OSError,
+        LookupError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as e:
+        raise SystemExit(f"{path} is no checkpoint that can be read safely: {e}") from None
+    return reader
+
+
+def load_sharded(path: str | os.PathLike, lazily: bool = False) -> dict:
+    """The whole checkpoint of a folder of save_sharded, in one process; lazily, all but the tensors."""
+    import torch.distributed.checkpoint as dcp
+
+    rest = load_checkpoint(os.path.join(path, "rest.pt"))
+    if lazily:
+        return rest
+    reader = sharded_reader(path, rest)
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in described.items()}
+    with warnings.catch_warnings():  # that it is one process which reads is meant so
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    moments: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        kind, _, name = name.partition("/")
+        if kind == "model":
+            rest["model"][name] = tensor
+        else:
+            index, _, key = name.partition("/")
+            moments.setdefault(int(index), {})[key] = tensor
+    rest["optimizer"] = rest["optimizer"] | {"state": moments}
+    if rest["model_args"]["tie_embeddings"]:
+        rest["model"]["output.weight"] = rest["model"]["tok_embeddings.weight"]
+    return rest
+
+
+def numbered(folder: str, stem: str) -> list[str]:
+    """Paths of the states STEM-ITERATION.pt or .dcp in a folder, the oldest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = [m for m in (re.fullmatch(rf"{stem}-(\d+)\.(pt|dcp)", name) for name in names) if m]
+    return [os.path.join(folder, m[0]) for m in sorted(found, key=lambda m: int(m[1]))]
+
+
+def save_state(folder: str, stem: str, checkpoint: dict, keep: int = 1, tensors: dict | None = None) -> None:
+    """Write STEM.pt; or, given the tensors of a split model, STEM-ITERATION.dcp, which all ranks do together.
+
+    The states before it are STEM-ITERATION.pt or .dcp; in all, the `keep` newest are kept. At every moment
+    there is a whole one.
+    """
+    newest, writer = os.path.join(folder, stem + ".pt"), True
+    if tensors is not None:
+        import torch.distributed as dist
+
+        writer = dist.get_rank() == 0
+    if writer and os.path.exists(newest) and (keep > 1 or tensors is not None):
+        try:
+            number = load_checkpoint(newest, lazily=True, check=False).get("iter_num", 0)
+            os.replace(newest, os.path.join(folder, f"{stem}-{number:08d}.pt"))
+        except SystemExit:  # damaged: this run went on from another
+            os.remove(newest)
+    if tensors is None:
+        save_checkpoint(newest, checkpoint)
+    else:
+        path = os.path.join(folder, f"{stem}-{checkpoint['iter_num']:08d}{SHARDED}")
+        if not os.path.exists(path):
+            save_sharded(path, tensors, checkpoint)
+    if writer:
+        states = numbered(folder, stem)
+        for path in states[: max(0, len(states) - (keep - (tensors is None)))]:
+            discard(path)
+
+
+def discard(path: str) -> None:
+    if os.path.isdir(path):
+        os.replace(path, path + ".tmp")  # first: half a folder must not bear a state's name
+        shutil.rmtree(path + ".tmp")
+    else:
+        os.remove(path)
+
+
+def newest_state(paths: Sequence[str], lazily: bool = False) -> tuple[str, dict]:
+    """Path and content of the state of the highest iteration; damaged ones are named and passed over.
+
+    Raises SystemExit if none is whole.
+    """
+    states, failures = [], []
+    for path in paths:
+        try:
+            states.append((load_checkpoint(path, lazily=True, check=False).get("iter_num", 0), path))
+        except SystemExit as e:
+            failures.append(e)
+    for _, path in sorted(states, key=lambda state: -state[0]):
+        try:
+            newest = load_checkpoint(path, lazily)
+        except SystemExit as e:
+            failures.append(e)
+            continue
+        for failure in failures:
+            print(f"{failure}; passed over, {path} is taken", file=sys.stderr)
+        return path, newest
+    raise failures[0]
+
+
+def fill_shards(
+    path: str | os.PathLike, rest: dict, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Read a folder of save_sharded into a model and optimizer that are split, over any number of ranks."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    reader = sharded_reader(path, rest, dist.get_rank(), dist.get_world_size())
+    dcp.load(shards(model, optimizer), storage_reader=reader)
+
+
+def model_from_checkpoint(
+    checkpoint: dict, path: str | os.PathLike = "checkpoint", empty: bool = False, **changes
+) -> Transformer:
     """The checkpoint's network in fp32 on the CPU, every weight accounted for; changes override model_args.
 
-    Raises SystemExit if names or shapes do not fit; path only names the culprit.
+    empty: without weights, on the meta device. Raises SystemExit if names or shapes do not fit; path only
+    names the culprit.
     """
     state = dict(checkpoint["model"])
     for prefix in ("module.", "_orig_mod."):  # left by DDP and torch.compile in other people's checkpoints
@@ -552,14 +834,23 @@ def model_from_checkpoint(checkpoint: dict, path: str | os.PathLike = "checkpoin
         state["output.weight"] = state["tok_embeddings.weight"]
     known = {f.name for f in fields(ModelArgs)}
     if unknown := args.keys() - known:
-        raise SystemExit(f"{path} has model_args this version does not know: {', '.join(sorted(unknown))}")
+        names = fault(ValueError(), ", ".join(sorted(unknown)))
+        raise SystemExit(f"{path} has model_args this version does not know: {names}; update the program")
     try:
-        model = Transformer(ModelArgs(**args | changes))
-        model.load_state_dict(state)
+        shape, held = ModelArgs(**args), sum(w.numel() for w in state.values())
+        if not empty and shape.num_parameters() > held:  # before memory is taken for what is not there
+            raise ValueError(f"it has {held:,} numbers of {shape.num_parameters():,}")
+    except (ValueError, TypeError, AttributeError) as e:
+        why = fault(e, str(e))
+        raise SystemExit(f"{path} does not hold the model it describes: {why}; {RESTORE}") from None
+    try:
+        with torch.device("meta" if empty else "cpu"):
+            model = Transformer(ModelArgs(**args | changes))
+        if not empty:
+            model.load_state_dict(state)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise SystemExit(
-            f"{path} does not hold the model it describes: {' '.join(str(e).split())[:200]}"
-        ) from None
+        why = fault(e, " ".join(str(e).split())[:200])
+        raise SystemExit(f"{path} does not hold the model it describes: {why}; {RESTORE}") from None
     return model
 
 
@@ -571,8 +862,9 @@ def pick_device(name: str = "auto") -> str:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
         kind, 0
     )
-    if not (index or "0").isdigit() or int(index or "0") >= count:
-        raise SystemExit(f"no device {name} here; try --device={pick_device()}")
+    known = re.fullmatch(r"[a-z]+(:(0|[1-9][0-9]{0,3}))?", name)
+    if not known or int(index or 0) >= count:
+        raise SystemExit(f"no device {name!r} here; try --device={pick_device()}")
     return name
 
 
@@ -621,10 +913,10 @@ class TextStream:
         self.shown = len(text)
 
 
-def parse_cli() -> argparse.Namespace:
+def parse_cli(argv: list[str] | None) -> argparse.Namespace:
     from tokenizer import CommandLine
 
-    cli = CommandLine(description=__doc__)
+    cli = CommandLine(prog="model.py", description=__doc__)
     add = cli.add_argument
     add("--checkpoint", default="out/ckpt.pt", help="default: %(default)s")
     add("--start", default="", help="beginning of the text, or FILE:path to read it from a file")
@@ -641,11 +933,17 @@ def parse_cli() -> argparse.Namespace:
     add("--tokenizer", help="tokenizer .model; default: the one the checkpoint was trained with")
     add("--seed", type=int, default=1337, help="same seed, same text; default 1337")
     add("--device", default="auto", help="auto|cpu|cuda|cuda:N|mps, default auto")
-    args = cli.parse_args()
-    if not 0 <= args.temperature < math.inf:
-        cli.error(f"--temperature={args.temperature} must not be negative")
-    if args.num_samples < 1 or min(args.max_new_tokens, args.top_k, args.top_p, args.seed) < 0:
-        cli.error("--num_samples must be at least 1, the other numbers at least 0")
+    args = cli.parse_args(argv)
+    for name, low, high in (
+        ("temperature", 0, 1e9),
+        ("num_samples", 1, 2**31),
+        ("max_new_tokens", 0, 2**31),
+        ("top_k", 0, 2**31),
+        ("top_p", 0, 1),
+        ("seed", 0, 2**63 - 1),
+    ):
+        if not low <= getattr(args, name) <= high:
+            cli.error(f"--{name}={getattr(args, name)} must be from {low} to {high:.10g}")
     return args
 
 
@@ -655,23 +953,25 @@ def read_start(start: str) -> str:
     try:
         return Path(start[5:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f"--start={start}: {e}") from None
+        why = e.strerror if isinstance(e, OSError) else f"not UTF-8 ({e.reason})"
+        raise SystemExit(f"--start={start}: {why}; name a text file, or write the text itself") from None
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it does any other
-    args = parse_cli()
+    args = parse_cli(argv)
     start = read_start(args.start)
+    device = pick_device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
-    model = model_from_checkpoint(checkpoint, args.checkpoint).to(pick_device(args.device)).eval()
+    model = model_from_checkpoint(checkpoint, args.checkpoint).to(device).eval()
     tokenizer = find_tokenizer(checkpoint, args.checkpoint, args.tokenizer)
     prompt = tokenizer.encode(start, bos=True)
     limit = model.args.max_seq_len
     if len(prompt) >= limit or max(prompt) >= model.args.vocab_size:
         raise SystemExit(
             f"--start is {len(prompt)} tokens up to id {max(prompt)}; this model takes fewer than {limit} "
-            f"tokens of ids below {model.args.vocab_size}"
+            f"tokens of ids below {model.args.vocab_size}; shorten it, or name another --tokenizer"
         )
     stream = TextStream(tokenizer, prompt) if args.num_samples == 1 else None
     if stream:

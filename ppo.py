@@ -12,6 +12,7 @@ Not for: training reward models, dialogue of several turns, rewards in the middl
 import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -22,19 +23,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
 from model import (
+    SHARDED,
     ModelArgs,
     Transformer,
     decode,
-    load_checkpoint,
+    fill_shards,
     model_from_checkpoint,
+    newest_state,
+    numbered,
     opt,
     sample,
     save_checkpoint,
+    save_state,
+    shards,
 )
 
 ROLLOUT_ROWS = 200  # episodes decoded together on a CPU core
@@ -166,7 +178,7 @@ def reward_from_file(spec: str) -> Reward:
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         raise SystemExit(
-            f"--reward={spec}: there is no file {path}; rewards are length, keyword, FILE.py:FUNCTION"
+            f"--reward={spec}: there is no file {path}; give --reward=length, keyword or FILE.py:FUNCTION"
         )
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     if module_spec is None:
@@ -174,10 +186,17 @@ def reward_from_file(spec: str) -> Reward:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as e:  # the user's code may raise anything
-        raise SystemExit(f"--reward={spec}: {path} failed with {type(e).__name__}: {e}") from None
+    except (Exception, SystemExit) as e:  # the user's code may raise anything
+        raise SystemExit(f"--reward={spec}: {path} failed with {type(e).__name__}: {e}; repair it") from None
+    takes = f"write one: def {name or 'reward'}(prompts, stories, tokens, ended)"
     if not callable(function := getattr(module, name, None)):
-        raise SystemExit(f"--reward={spec}: {path} has no function {name}")
+        raise SystemExit(f"--reward={spec}: {path} has no function {name}; {takes}")
+    try:
+        inspect.signature(function).bind(*"four")
+    except TypeError:
+        raise SystemExit(f"--reward={spec}: {name} cannot be called with four lists; {takes}") from None
+    except ValueError:  # one written in C may not tell
+        pass
     return function
 
 
@@ -194,21 +213,24 @@ class Scorer:
         for term in cfg.reward.split("+"):
             weight, name = re.fullmatch(r"(?:([^*]*)\*)?(.*)", term.strip()).groups()
             try:
-                number = float(weight or 1)
+                if not math.isfinite(number := float(weight or 1)):
+                    raise ValueError(weight)
             except ValueError:
-                raise SystemExit(f"--reward={cfg.reward}: {weight} is no number") from None
+                raise SystemExit(
+                    f"--reward={cfg.reward}: {weight} is no number; write it like length+0.5*keyword"
+                ) from None
             if name == "length":
                 reward = length_reward(cfg.target_len)
             elif name == "keyword":
                 words = [word.strip() for word in cfg.keywords.split(",") if word.strip()]
                 if not words:
-                    raise SystemExit("--reward=keyword needs words, like --keywords=dog,happy")
+                    raise SystemExit("--reward=keyword needs words; add them like --keywords=dog,happy")
                 reward = keyword_reward(words)
             elif ":" in name:
                 reward = reward_from_file(name)
             else:
                 raise SystemExit(
-                    f"--reward={name} is not known; it can be length, keyword or FILE.py:FUNCTION"
+                    f"--reward={name} is not known; give --reward=length, keyword or FILE.py:FUNCTION"
                 )
             self.parts.append((name.rpartition(":")[2], number, reward))
 
@@ -500,6 +522,17 @@ class Critic(nn.Module):
 # ---- the run -----------------------------------------------------------------------------------------
 
 
+def rollout_size(ppo: PPOConfig, cfg) -> int:
+    """Episodes per iteration. Raises SystemExit if groups of responses do not come out even."""
+    size = ppo.rollout_size or 8 * cfg.batch_size
+    if size % ppo.group_size:
+        raise SystemExit(
+            f"--group_size={ppo.group_size} must divide the rollout's {size} episodes; "
+            f"add --rollout_size={-(-size // ppo.group_size) * ppo.group_size}"
+        )
+    return size
+
+
 class PPO:
     """A run's moving parts: policy, reference, critic, their optimizers, and where the run stands.
 
@@ -519,16 +552,25 @@ class PPO:
     ):
         self.ppo, self.cfg, self.runtime, self.tokenizer = ppo, cfg, runtime, tokenizer
         self.prompts, self.eval_prompts = prompts, eval_prompts
+        self.scorer, self.moments = Scorer(ppo, tokenizer), RunningMoments()
         path = os.path.join(cfg.out_dir, "ckpt.pt")
         # no dropout: the probability ratio would not be 1 at the start
-        self.reference = model_from_checkpoint(checkpoint, path, dropout=0.0).to(runtime.device).eval()
-        self.reference.requires_grad_(False)
-        self.policy = copy.deepcopy(self.reference)
+        empty = runtime.fsdp and runtime.rank > 0  # there, rank 0's weights arrive in parts
+        self.reference = model_from_checkpoint(checkpoint, path, empty, dropout=0.0)
+        self.reference_hash = runtime.of_first(None if empty else fingerprint(self.reference))
+        if runtime.fsdp:
+            self.policy, self.reference = runtime.split(self.reference), runtime.split(self.reference)
+        else:
+            self.reference.to(runtime.device)
+            self.policy = copy.deepcopy(self.reference)
+        self.reference.requires_grad_(False).eval()
+        self.policy.eval()
         self.args = self.policy.args
         self.names = [n for n, _ in self.policy.named_parameters() if re.search(ppo.train_only, n)]
         if not self.names:
             raise SystemExit(
-                f"--train_only={ppo.train_only} matches no parameter, such as layers.0.attention.wq.weight"
+                f"--train_only={ppo.train_only} matches no parameter; write a part of a name such as "
+                "layers.0.attention.wq.weight"
             )
         for name, p in self.policy.named_parameters():
             p.requires_grad_(name in self.names)
@@ -549,16 +591,13 @@ class PPO:
             groups.append({"params": list(self.critic.parameters()), "weight_decay": 0.0, "critic": True})
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=ppo.adam_eps)
-        self.scorer, self.moments = Scorer(ppo, tokenizer), RunningMoments()
         self.first = self.iter_num = checkpoint.get("iter_num", 0)
         # --max_iters is the last iteration, --ppo_iters how many there are
         self.last = self.first + ppo.ppo_iters if ppo.ppo_iters else cfg.max_iters + 1
         self.beta, self.episodes, self.seconds = ppo.init_kl_coef, 0, 0.0
         self.evaluated, self.best, self.evaluation = False, -math.inf, {}
-        self.size = ppo.rollout_size or 8 * cfg.batch_size
-        if self.size % ppo.group_size:
-            raise SystemExit(f"--group_size={ppo.group_size} must divide the rollout's {self.size} episodes")
-        self.reference_hash = fingerprint(self.reference)
+        self.size = rollout_size(ppo, cfg)
+        self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
 
     # -- collecting
 
@@ -580,13 +619,15 @@ class PPO:
         rows = ROLLOUT_ROWS if runtime.kind == "cpu" else max(1, len(prompts))
         chunks = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
         cap, end_id = self.ppo.max_gen_len, self.tokenizer.bos_id
-        rollouts = runtime.map(lambda c: rollout(self.policy, prompts[c], cap, end_id, u[c]), chunks)
-        rollouts = [vars(r) | {"mask": r.mask, "scores": self.scores(r)} for r in rollouts]
+        with runtime.gathered(self.policy):
+            rollouts = runtime.map(lambda c: rollout(self.policy, prompts[c], cap, end_id, u[c]), chunks)
+            rollouts = [vars(r) | {"mask": r.mask, "scores": self.scores(r)} for r in rollouts]
         batch = join(rollouts) if rollouts else {}
         seconds = time.perf_counter() - began
-        if batch:
-            batch["reference"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
-            batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = self.compare(batch)
+        with runtime.gathered(self.reference), runtime.gathered(self.policy, layers=False):
+            if batch:
+                batch["reference"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
+                batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = self.compare(batch)
         if runtime.world_size > 1:
             batch = join([part for part in runtime.gather(batch) if part])
         batch["seconds"] = torch.tensor(seconds)
@@ -708,15 +749,22 @@ class PPO:
     ) -> torch.Tensor:
         """One optimizer step on episodes, shared by all ranks. loss(part) → (scalar, statistics to add up).
 
-        Returns the statistics; where the first of them exceeds limit (0: none), the step is not made.
+        Returns the statistics; where the first of them exceeds limit (0: none), or the gradient is not
+        finite, the step is not made.
         """
         index = index[batch["end"][index].argsort(stable=True)]  # dealt out so that ranks get like lengths
-        mine = index[self.runtime.rank :: self.runtime.world_size]
-        stats = self.runtime.backward(loss, self.parts(mine, batch), params)
-        stats = self.runtime.reduce(params, stats)
-        self.grad_norm = nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
-        if not (limit and float(stats.flatten()[0]) > limit):
+        runtime, parts = self.runtime, self.parts(index[self.runtime.rank :: self.runtime.world_size], batch)
+        if split := runtime.fsdp and optimizer is self.optimizer:
+            stats = runtime.backward_split(loss, parts, index[:1], self.policy)
+        else:
+            stats = runtime.reduce(params, runtime.backward(loss, parts, params))
+        norm = nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
+        self.grad_norm = norm.full_tensor() if split else norm
+        if not self.grad_norm.isfinite():
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        elif not (limit and float(stats.flatten()[0]) > limit):
             optimizer.step()
+            self.in_a_row = 0
         optimizer.zero_grad(set_to_none=True)
         return stats
 
@@ -762,8 +810,12 @@ class PPO:
         """
         ppo, width = self.ppo, int(batch["end"][part].max()) - 1
         inside = batch["mask"][part, :width]
-        features = self.policy.features(batch["tokens"][part, :width])
-        logps = self.policy.output(features[inside]).float().log_softmax(-1)  # (n, V)
+        if self.runtime.fsdp:  # which works within forward alone
+            features, logits = None, self.policy(batch["tokens"][part, :width])[0][inside]
+        else:
+            features = self.policy.features(batch["tokens"][part, :width])
+            logits = self.policy.output(features[inside])
+        logps = logits.float().log_softmax(-1)  # (n, V)
         chosen = batch["tokens"][part, 1 : width + 1][inside]
         logp, old = logps.gather(-1, chosen[:, None])[:, 0], batch["logp"][part, :width][inside]
         losses, ratio = ppo_loss(logp, old, advantages[part, :width][inside], ppo.clip, ppo.clip_high)
@@ -831,7 +883,8 @@ class PPO:
         if warmup or (self.critic is not None and not self.shared):
             self.fit_critic(ppo.critic_warmup_epochs if warmup else ppo.critic_epochs)
         values["ppo/advantage_deviation"] = float(scale)
-        values |= self.summary([], stopped=False) if warmup else self.improve(batch, advantages, scale)
+        with self.runtime.gathered(self.reference, layers=False):
+            values |= self.summary([], stopped=False) if warmup else self.improve(batch, advantages, scale)
         if ppo.adaptive_kl and not warmup:
             self.beta = adapt(self.beta, values["ppo/kl"], ppo, self.size)
         self.iter_num, self.episodes, self.evaluated = self.iter_num + 1, self.episodes + self.size, False
@@ -843,6 +896,7 @@ class PPO:
             "ppo/seconds": self.seconds,
             "ppo/iteration_seconds": seconds,
             "ppo/rollout_seconds": float(batch["seconds"]),
+            "ppo/skipped": self.skipped,
         }
         return values | {"ppo/tok/s": tokens / seconds, "ppo/rollout_tok/s": tokens / float(batch["seconds"])}
 
@@ -904,10 +958,12 @@ class PPO:
     # -- state
 
     def state(self) -> dict:
+        """What a checkpoint holds; of a split policy without its tensors."""
+        optimizer = self.optimizer.state_dict()
         return {
-            "model": self.policy.state_dict(),
+            "model": {} if self.runtime.fsdp else self.policy.state_dict(),
             "model_args": asdict(self.args),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer | {"state": {}} if self.runtime.fsdp else optimizer,
             "critic": self.critic.state_dict() if self.critic else None,
             "replay": [
                 {key: value.cpu() for key, value in b.items() if key in REPLAYED} for b in self.replay
@@ -919,6 +975,7 @@ class PPO:
             "moments": vars(self.moments),
             "episodes": self.episodes,
             "seconds": self.seconds,
+            "skipped": self.skipped,
             "best_J": self.best,
             "evaluation": self.evaluation,
             "evaluated": self.evaluated,
@@ -936,8 +993,14 @@ class PPO:
         try:
             if state["trained"] != self.names or (state["critic"] is None) != (self.critic is None):
                 raise ValueError("other parts are trained")
-            self.policy.load_state_dict(state["model"])
-            load_moments(self.optimizer, state["optimizer"])
+            if self.runtime.fsdp and path.endswith(SHARDED):
+                fill_shards(path, state, self.policy, self.optimizer)
+            else:
+                self.runtime.load_weights(self.policy, state["model"])
+                moments = state["optimizer"]
+                if self.runtime.fsdp:
+                    moments = self.runtime.split_moments(self.optimizer, moments)
+                load_moments(self.optimizer, moments)
             if self.critic:
                 self.critic.load_state_dict(state["critic"] or {})
         except (RuntimeError, ValueError, KeyError) as e:
@@ -949,23 +1012,37 @@ class PPO:
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
         self.moments = RunningMoments(**state["moments"])
-        self.episodes, self.seconds = state["episodes"], state["seconds"]
+        self.episodes, self.seconds, self.skipped = (
+            state["episodes"],
+            state["seconds"],
+            state.get("skipped", 0),
+        )
         self.evaluation, self.evaluated = state["evaluation"], state["evaluated"]
         for saved in state["replay"]:
             batch = {key: value.to(self.runtime.device) for key, value in saved.items()}
             if not self.shared:  # what the reference says to it is quickly made again
-                batch["critic_features"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
+                with self.runtime.gathered(self.reference):
+                    features = self.over_parts(batch, lambda ids: self.reference.features(ids))
+                batch["critic_features"] = features
             self.replay.append(batch)
 
-    def save(self, write_model: Callable[[str, Transformer], None], best: bool) -> None:
-        """Write ppo_ckpt.pt, the newest state; before it, if best, ppo_best.pt and ppo_model.bin."""
-        folder, state = self.cfg.out_dir, self.state()
+    def save(self, write_model: Callable[[str, ModelArgs, dict], None], best: bool) -> None:
+        """Write ppo_ckpt.pt, the newest state (of a split policy ppo_ckpt-ITERATION.dcp); before it, if best,
+        ppo_best.pt and ppo_model.bin. All ranks call it.
+        """
+        folder, runtime, state = self.cfg.out_dir, self.runtime, self.state()
+        path = os.path.join(folder, "ppo_model.bin")
+        first = any(runtime.total(runtime.rank == 0 and not os.path.exists(path)))
         try:
-            if best or not os.path.exists(os.path.join(folder, "ppo_model.bin")):
-                write_model(os.path.join(folder, "ppo_model.bin"), self.policy)
-                weights = {k: state[k] for k in ("model", "model_args", "iter_num", "config", "best_J")}
-                save_checkpoint(os.path.join(folder, "ppo_best.pt"), weights)
-            save_checkpoint(os.path.join(folder, "ppo_ckpt.pt"), state)
+            if best or first:
+                weights = runtime.whole_weights(self.policy)
+                if runtime.rank == 0:
+                    write_model(path, self.args, weights)
+                    kept = {k: state[k] for k in ("model_args", "iter_num", "config", "best_J")}
+                    save_checkpoint(os.path.join(folder, "ppo_best.pt"), kept | {"model": weights})
+            if runtime.fsdp or runtime.rank == 0:
+                tensors = shards(self.policy, self.optimizer) if runtime.fsdp else None
+                save_state(folder, "ppo_ckpt", state, self.cfg.keep, tensors)
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
             raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
 
@@ -1028,7 +1105,7 @@ def verdict(run: PPO, values: dict[str, float], best: bool) -> str:
     return line + " (best so far)" * best
 
 
-def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transformer], None]) -> None:
+def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArgs, dict], None]) -> None:
     """The loop: evaluate and save when due, stop when asked or done, else iterate. metrics on rank 0 only."""
     cfg, runtime = run.cfg, run.runtime
     while True:
@@ -1042,8 +1119,8 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transfor
                 print(verdict(run, values, best))
                 show_stories(run)
                 metrics.log(run.iter_num, values)
-                if not cfg.eval_only and run.iter_num > run.first:
-                    run.save(write_model, best or cfg.always_save_checkpoint)
+            if not cfg.eval_only and run.iter_num > run.first:
+                run.save(write_model, best or cfg.always_save_checkpoint)
         # whoever was asked tells the others: the ranks stop together
         (asked,) = runtime.total(interrupt.asked)
         if done or asked or cfg.eval_only:
@@ -1052,8 +1129,17 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transfor
         if metrics:
             print(progress(run, values), flush=True)
             metrics.log(run.iter_num, values)
-    if asked and not done and metrics and not cfg.eval_only:
+        if run.in_a_row >= cfg.max_skipped:
+            run.save(write_model, best=False)
+            raise SystemExit(
+                f"{run.in_a_row} steps in a row had a gradient that is not finite: training has diverged. "
+                "The state before them is saved; to go on from it, run the same again with "
+                f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
+            )
+    if asked and not done and not cfg.eval_only:
         run.save(write_model, best=False)
+        if not metrics:
+            return
         again = shlex.join(["python", *sys.argv])
         if runtime.world_size > 1:
             again = "the same torchrun command"
@@ -1065,13 +1151,21 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, Transfor
 
 def read_metrics(path: str) -> tuple[list[dict], list[dict]]:
     """PPO's lines of a metrics.jsonl: iterations, and held-out evaluations."""
-    if not os.path.exists(path):
+    folder = os.path.dirname(path)
+    if os.path.isfile(folder):
+        raise SystemExit(f"{folder} is a file; run: python ppo.py report {os.path.dirname(folder) or '.'}")
+    if not os.path.isfile(path):
         raise SystemExit(
             f"no {path}; to make one, run: python train.py --init_from=resume --ppo "
             f"--out_dir={os.path.dirname(path) or '.'}"
         )
-    with open(path, encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f if line.endswith("\n")]
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for i, line in enumerate(f, start=1):
+            try:
+                lines += [dict(json.loads(line))] if line.endswith("\n") else []
+            except (ValueError, TypeError):
+                raise SystemExit(f"{path}, line {i} is damaged; delete it, then run the same again") from None
     return [x for x in lines if "ppo/kl" in x], [x for x in lines if "ppo/eval/kl" in x]
 
 
@@ -1093,7 +1187,8 @@ def frontier(scores: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
 def report(out_dir: str) -> str:
     """Draw out_dir/report.png from metrics.jsonl and ppo_ckpt.pt; returns its path."""
     steps, evals = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
-    state = load_checkpoint(os.path.join(out_dir, "ppo_ckpt.pt"))
+    states = [os.path.join(out_dir, "ppo_ckpt.pt"), *numbered(out_dir, "ppo_ckpt")]
+    _, state = newest_state(list(filter(os.path.exists, states)) or states, lazily=True)
     if not steps or "before" not in state.get("evaluation", {}):
         raise SystemExit(
             f"{out_dir} holds no iteration of PPO yet; run: python train.py --out_dir={out_dir} "

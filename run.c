@@ -289,7 +289,7 @@ static File open_file(const char *path, const char *hint) {
     if (!f) die(path, "cannot open: %s%s", strerror(errno), errno == ENOENT ? hint : "");
     if (fstat(fileno(f), &st) != 0) die(path, "cannot read: %s", strerror(errno));
 #ifndef _WIN32
-    if (S_ISDIR(st.st_mode)) die(path, "is a directory, not a file");
+    if (S_ISDIR(st.st_mode)) die(path, "is a directory, not a file; name a file in it");
     if (S_ISCHR(st.st_mode)) die(path, "is a device, not a file");
     if (S_ISREG(st.st_mode) && st.st_size > 0 && (uintmax_t)st.st_size <= SIZE_MAX) {
         void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fileno(f), 0);
@@ -316,7 +316,7 @@ static void close_file(File *file) {
 static Text read_text(const char *path) {
     Text t = {0};
     if (!strcmp(path, "-")) return read_stream(stdin, "stdin");
-    File f = open_file(path, "");
+    File f = open_file(path, "; name a text file that is");
     text_append(&t, f.data, f.size);
     close_file(&f);
     return t;
@@ -1015,23 +1015,29 @@ static void walk_weights(Walk *f, const Config *c, int version, Weights *w) {
     w->wcls = c->shared_classifier ? w->tok_embeddings : take_tensor(f, c, c->vocab_size, c->dim);
 }
 
+#define REMAKE "; make it again: python export.py model.bin"
+
 // Files that people hand over by mistake: say what they are.
 static void refuse_other_formats(const char *path, const File *file) {
     const unsigned char *d = file->data;
     size_t n = file->size < 64 ? file->size : 64;
     bool text = true;
-    if (n == 0) die(path, "the file is empty");
+    if (n == 0) die(path, "the file is empty" REMAKE);
     if (n >= 4 && (!memcmp(d, "PK\3\4", 4) || (d[0] == 0x80 && d[1] >= 2 && d[1] <= 5 && d[2] && d[3]))) {
         die(path, "this is a PyTorch checkpoint; convert it: "
             "python export.py model.bin --checkpoint %s", path);
     }
     const char *other = n >= 4 && !memcmp(d, "GGUF", 4) ? "GGUF"
                       : n >= 10 && !d[7] && !memcmp(d + 8, "{\"", 2) ? "safetensors" : NULL;
-    if (other) die(path, "this is a %s file; run needs a model.bin in llama2.c's format", other);
+    if (other) die(path, "this is a %s file; run needs a model.bin, as made by: python export.py", other);
+    if (n >= 17 && (!memcmp(d + 12, "<unk>", 5) || !memcmp(d + 4, "<unk>", 5))) {  // ours, and sentencepiece's
+        die(path, "this is a tokenizer, not a model; usage: run MODEL.bin -z TOKENIZER.bin");
+    }
     for (size_t i = 0; i < n; i++) {
         if (d[i] < '\t' || (d[i] > '\r' && d[i] < ' ') || d[i] >= 0xF8) text = false;
     }
-    if (text) die(path, "this is a text file, not a model");  // a v0 header always holds zero bytes
+    // a v0 header always holds zero bytes
+    if (text) die(path, "this is a text file, not a model; usage: run MODEL.bin -z TOKENIZER.bin");
 }
 
 static void check_config(const char *path, const Config *c) {
@@ -1046,7 +1052,7 @@ static void check_config(const char *path, const Config *c) {
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
         if (ranges[i].value < ranges[i].min || ranges[i].value > ranges[i].max) {
-            die(path, "not a model, or damaged: %s in the header is %d (expected %d to %d)",
+            die(path, "not a model, or damaged: %s in the header is %d (expected %d to %d)" REMAKE,
                 ranges[i].name, ranges[i].value, ranges[i].min, ranges[i].max);
         }
     }
@@ -1237,10 +1243,10 @@ static void load_model(Model *m, const char *path, const Kernels *kernels) {
     m->weights.layers = allocate(c->n_layers, 1, sizeof(Layer), "layers");
     walk_weights(&f, c, version, &m->weights);
     if (f.at > m->file.size) {
-        die(path, "truncated: %zu bytes, but its header describes %zu", m->file.size, f.at);
+        die(path, "truncated: %zu bytes, but its header describes %zu" REMAKE, m->file.size, f.at);
     }
     if (f.at < m->file.size) {
-        die(path, "damaged: %zu bytes, but its header describes only %zu", m->file.size, f.at);
+        die(path, "damaged: %zu bytes, but its header describes only %zu" REMAKE, m->file.size, f.at);
     }
 }
 
@@ -1618,7 +1624,8 @@ static _Noreturn void bad_tokenizer(const char *path, const File *file, const ch
         die(path, "this is a sentencepiece model; convert it: "
             "python tokenizer.py --tokenizer-model=%s", path);
     }
-    die(path, "not a tokenizer .bin, or damaged: %s (token %d)", what, id);
+    die(path, "not a tokenizer .bin, or damaged: %s (token %d); make one of its .model: "
+        "python tokenizer.py --tokenizer-model=FILE.model", what, id);
 }
 
 // Walks the entries {float32 score, uint32 length, bytes}: counts them while t->piece is NULL, else stores.
@@ -2072,7 +2079,8 @@ static Tokens encode_prompt(const Session *s, const char *text, size_t n) {
     const int seq_len = s->model.config.seq_len;
     check_ids(s, &t);
     if (t.n > seq_len) {
-        die(s->model.path, "the prompt is %d tokens long, but the model's context holds %d", t.n, seq_len);
+        die(s->model.path, "the prompt is %d tokens long, but the model's context holds %d; shorten it",
+            t.n, seq_len);
     }
     return t;
 }
@@ -2388,7 +2396,7 @@ static void print_perplexity(Session *s, const char *path, Stats *stats) {
         bytes += (size_t)(end - p);
         free(t.ids);
     }
-    if (stats->stories == 0) die(path, "there is no text in it");
+    if (stats->stories == 0) die(path, "there is no text in it; name a file of stories: --perplexity FILE");
     stats->prompt = now() - start;
     const double mean = nats / (double)stats->prompt_tokens;
     printf("perplexity %.4f: %.5f nats per token, %.5f bits per byte (%ld tokens, %zu bytes, %d stories)\n",
@@ -2442,11 +2450,13 @@ typedef struct {
     bool chat, plain, tokens, logits, stats;
 } Options;
 
+#define SEE_HELP "; see: run --help"
+
 static float parse_float(const char *flag, const char *text, float max, const char *expected) {
     char *end;
     float value = strtof(text, &end);
     bool number = *text > ' ' && *end == '\0' && isfinite(value);
-    if (!number || value < 0 || value > max) die(flag, "expected %s, got '%s'", expected, text);
+    if (!number || value < 0 || value > max) die(flag, "expected %s, got '%s'" SEE_HELP, expected, text);
     return value;
 }
 
@@ -2455,7 +2465,7 @@ static uint64_t parse_integer(const char *flag, const char *text, uint64_t max) 
     errno = 0;
     unsigned long long value = strtoull(text, &end, 10);
     if (*text < '0' || *text > '9' || *end != '\0' || errno || value > max) {  // strtoull would take " -1"
-        die(flag, "expected a whole number from 0 to %llu, got '%s'", (unsigned long long)max, text);
+        die(flag, "expected a whole number from 0 to %llu, got '%s'" SEE_HELP, (unsigned long long)max, text);
     }
     return value;
 }
@@ -2475,11 +2485,11 @@ static void set_option(Options *o, char key, const char *flag, const char *value
         case 'y': o->system = value; break;
         case 'm':
             o->chat = !strcmp(value, "chat");
-            if (!o->chat && strcmp(value, "generate")) die(flag, "expected generate or chat: '%s'", value);
+            if (!o->chat && strcmp(value, "generate")) die(flag, "expected generate or chat, got '%s'" SEE_HELP, value);
             break;
         case 'M':
             o->plain = !strcmp(value, "plain");
-            if (!o->plain && strcmp(value, "llama2")) die(flag, "expected llama2 or plain: '%s'", value);
+            if (!o->plain && strcmp(value, "llama2")) die(flag, "expected llama2 or plain, got '%s'" SEE_HELP, value);
             break;
         case 'P': o->perplexity = value; break;
         case 'T': o->tokens = true; break;
@@ -2515,7 +2525,7 @@ static Options parse_options(int argc, char **argv) {
     for (int a = 1; a < argc; a++) {
         const char *arg = argv[a];
         if (arg[0] != '-') {
-            if (o.model) die(arg, "unexpected argument: the model is already %s", o.model);
+            if (o.model) die(arg, "the model is already %s; a tokenizer follows -z, a prompt -i" SEE_HELP, o.model);
             o.model = arg;
             continue;
         }
@@ -2527,14 +2537,14 @@ static Options parse_options(int argc, char **argv) {
             if (long_name && strlen(name) == length && !strncmp(arg, name, length)) break;
             if (length == 2 && arg[1] == known[k].key && arg[1] >= 'a') break;  // capitals: long only
         }
-        if (k == n_known) die(arg, "unknown option; run --help lists all");
+        if (k == n_known) die(arg, "unknown option" SEE_HELP);
         const char *value = equals ? equals + 1 : NULL;
-        if (value && !known[k].has_value) die(arg, "this option takes no value");
-        if (!value && known[k].has_value && !(value = argv[++a])) die(arg, "needs a value");
+        if (value && !known[k].has_value) die(arg, "this option takes no value" SEE_HELP);
+        if (!value && known[k].has_value && !(value = argv[++a])) die(arg, "needs a value" SEE_HELP);
         set_option(&o, known[k].key, equals ? known[k].name : arg, value);
     }
-    if (o.stories < 1) die("-b", "there must be at least one story");
-    if (o.prompt && o.file) die("-f", "the prompt is already given with -i");
+    if (o.stories < 1) die("-b", "there must be at least one story" SEE_HELP);
+    if (o.prompt && o.file) die("-f", "the prompt is already given with -i; leave one of them out");
     if (!o.model) die("", "no model given; usage: run MODEL.bin [options], run --help lists them");
     return o;
 }

@@ -40,9 +40,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
-import numpy as np
-import sentencepiece
-from tqdm import tqdm
+try:
+    import numpy as np
+    import sentencepiece
+    from tqdm import tqdm
+except ModuleNotFoundError as e:
+    raise SystemExit(f"{e.name} is not installed for Python {sys.version.split()[0]}; "
+                     "run, with 3.11 or newer: pip install -r requirements.txt") from None
 
 from tokenizer import CommandLine, Tokenizer, atomic_write, lock, tokenizer_path, whole
 
@@ -1465,16 +1469,16 @@ def positive(value: str) -> int:
     return int(value)
 
 
+def story_count(value: str) -> int:
+    if positive(value) < 2:
+        raise argparse.ArgumentTypeError(f"{value} is below 2 (one is for validation)")
+    return int(value)
+
+
 def shard_count(value: str) -> int:
     if not 2 <= positive(value) <= 1000:
         raise argparse.ArgumentTypeError(f"{value} is not between 2 and 1000 (one is for validation)")
     return int(value)
-
-
-def text(value: str) -> str:
-    if not value:
-        raise argparse.ArgumentTypeError("it is empty")
-    return value
 
 
 def part(value: str) -> tuple[int, int]:
@@ -1483,6 +1487,22 @@ def part(value: str) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{value!r} is not a part such as 1/4, 2/4, 3/4 or 4/4")
     return int(match[1]), int(match[2])
+
+
+def size_or_0(value: str) -> int:
+    return positive(value) if value != "0" else 0
+
+
+def some_text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("there is nothing after it")
+    return value
+
+
+def web_address(value: str) -> str:
+    if not re.match(r"https?://[^/]", value):
+        raise argparse.ArgumentTypeError(f"{value!r} does not begin like https://server/")
+    return value
 
 
 class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -1499,7 +1519,8 @@ def make_cli() -> CommandLine:
     def stage(name: str, run: Callable, summary: str, force: str = "") -> CommandLine:
         parser = stages.add_parser(name, help=summary, description=summary + ".",
                                    formatter_class=ShowDefaults)
-        parser.add_argument("--data_dir", default="data", help="folder for everything this script writes")
+        parser.add_argument("--data_dir", type=some_text, default="data",
+                            help="folder for everything this script writes")
         if force:
             parser.add_argument("--force", action="store_true", help=force)
         parser.set_defaults(run=run, parser=parser)
@@ -1512,20 +1533,21 @@ def make_cli() -> CommandLine:
     replace = "replace the stories that are there"
     p = stage("download", download, "Download TinyStories (1.5 GB) and the Llama 2 tokenizer", replace)
     p.add_argument("--small", action="store_true", help="only TinyStories-valid.txt (20 MB), as shards")
-    p.add_argument("--url", help="a mirror of the archive (--small: of the .txt)")
-    p.add_argument("--tokenizer_url", default=TOKENIZER_URL, help="a mirror of the Llama 2 tokenizer.model")
+    p.add_argument("--url", type=web_address, help="a mirror of the archive (--small: of the .txt)")
+    p.add_argument("--tokenizer_url", type=web_address, default=TOKENIZER_URL,
+                   help="a mirror of the Llama 2 tokenizer.model")
 
     p = stage("import", import_files, "Make shards of your own text: .txt, .json, .jsonl", replace)
     p.add_argument("paths", nargs="+", metavar="FILE", help="text, a JSON list, or a JSON object per line")
-    p.add_argument("--separator", type=text, default="endoftext",
-                   help="what stands between the stories of a text file: endoftext (<|endoftext|>), blank "
-                   "(blank lines), or any other text, \\n being a new line")
+    p.add_argument("--separator", type=some_text, default="endoftext",
+                   help="what stands between the stories of a text file: endoftext "
+                   "(<|endoftext|>), blank (blank lines), or any other text, \\n being a new line")
     p.add_argument("--field", help="where a JSON object has its text (default: story, else text)")
     p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="decides which stories are for validation")
 
     p = stage("synth", synth, "Make up simple stories from a built-in grammar; needs no network", replace)
-    p.add_argument("--num_stories", type=positive, default=20000, help="how many")
+    p.add_argument("--num_stories", type=story_count, default=20000, help="how many")
     p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="another seed, other stories")
     share(p)
@@ -1535,7 +1557,8 @@ def make_cli() -> CommandLine:
     p.add_argument("--num_shards", type=positive, default=10, help="how many training shards to read")
 
     p = stage("pretokenize", pretokenize, "Turn the stories into tokens", "also those up to date")
-    p.add_argument("--vocab_size", type=int, default=0, help="a vocabulary from train_vocab; 0: Llama 2's")
+    p.add_argument("--vocab_size", type=size_or_0, default=0,
+                   help="a vocabulary from train_vocab; 0: Llama 2's")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     p.add_argument("--num_workers", type=positive, default=cores, help="processes")
     share(p)

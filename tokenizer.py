@@ -24,8 +24,11 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import IO
 
-from sentencepiece import SentencePieceProcessor
-
+try:
+    from sentencepiece import SentencePieceProcessor
+except ModuleNotFoundError as e:
+    raise SystemExit(f"{e.name} is not installed for Python {sys.version.split()[0]}; "
+                     "run, with 3.11 or newer: pip install -r requirements.txt") from None
 try:
     import fcntl
 except ImportError:  # Windows
@@ -138,13 +141,38 @@ class CommandLine(argparse.ArgumentParser):
         if unknown:
             sub = getattr(known, "parser", self)  # the stage's own parser, where there are stages
             names = [name for action in sub._actions for name in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            sub.error(f"no such option or argument: {unknown[0]}{meant}")
+            name = unknown[0].partition("=")[0]
+            if sub is not self and name in names:  # the stage's, before the stage
+                raise SystemExit(f"{name} belongs after the stage; run: python {sub.prog} "
+                                 + printable(unknown[0]))
+            sub.error(f"no such option or argument: {unknown[0]}{did_you_mean(name, names)}")
         return known
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
+        value = super()._get_values(action, arg_strings)
+        if value == [] and action.nargs is None:  # of --option=--, in Python 3.11
+            raise argparse.ArgumentError(action, "expected one argument")
+        return value
+
+    def _check_value(self, action: argparse.Action, value) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(choices)}"
+                                         + did_you_mean(str(value), choices))
+
     def error(self, message: str):
-        raise SystemExit(f"{message}; see: python {self.prog} --help")
+        message = message.replace("ignored explicit argument", "takes no value, such as")
+        raise SystemExit(f"{printable(message)}; see: python {self.prog} --help")
+
+
+def did_you_mean(word: str, words: list[str]) -> str:
+    near = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def printable(text: str) -> str:
+    """What a user typed, fit for one line: without line ends, and without what would steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Tokenizer:
@@ -225,6 +253,9 @@ def whole(s: str) -> str:
 
 def how_to_make(model_path: str) -> str:
     """The command that makes the tokenizer a path like data/tok4096.model or data/tokenizer.model names."""
+    model = os.path.splitext(model_path)[0] + ".model"
+    if model != model_path and os.path.isfile(model):
+        return f"give the one for Python: {model}"
     folder, name = os.path.split(model_path)
     size = name.removeprefix("tok").removesuffix(".model")
     if name == "tokenizer.model":
@@ -232,7 +263,7 @@ def how_to_make(model_path: str) -> str:
     elif size.isdigit():
         command = f"train_vocab --vocab_size={size}"
     else:
-        return "run: python tinystories.py train_vocab --vocab_size=4096"
+        return "name one that is, or run: python tinystories.py train_vocab --vocab_size=4096"
     where = f" --data_dir={folder or '.'}" if folder != "data" else ""
     return f"run: python tinystories.py {command}{where}"
 
@@ -244,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_argument("-o", "--output", metavar="BIN", help="the file to write (default: MODEL with .bin)")
     args = cli.parse_args(argv)
     tokenizer = Tokenizer(args.tokenizer_model)
+    if args.output and os.path.exists(args.output) and os.path.samefile(args.output, args.tokenizer_model):
+        cli.error(f"--output={args.output} is the model that it is made of; name another file")
     try:
         path = tokenizer.export(args.output)
     except OSError as e:

@@ -13,44 +13,61 @@ Not for: preparing data (tinystories.py), models that need to be split over seve
 
 import dataclasses
 import gc
+import glob
+import hashlib
 import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 import types
 import typing
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from typing import IO
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+    from tqdm import tqdm
+except ModuleNotFoundError as e:
+    raise SystemExit(
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
+        "pip install -r requirements.txt"
+    ) from None
 
 from export import DEFAULTS, write_bin
 from model import (
+    SHARDED,
     ModelArgs,
     Transformer,
+    fill_shards,
     find_tokenizer,
     generate,
     load_checkpoint,
     model_from_checkpoint,
+    newest_state,
+    numbered,
     opt,
     pick_device,
     save_checkpoint,
+    save_state,
+    shards,
 )
 from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, train_ppo, wants_length
 from tinystories import StoryStarts, TokenBatches, command, read_meta, token_dir
-from tokenizer import CommandLine, atomic_write
+from tokenizer import CommandLine, atomic_write, did_you_mean, lock
 
 # Above so many parameters the gradients of several parts at once would take too much memory
 THREADED_PARAMETERS = 50_000_000
@@ -79,6 +96,7 @@ class TrainConfig:
     eval_only: bool = opt(False, "evaluate once and exit")
     log_interval: int = opt(1, "iterations between lines in metrics.jsonl")
     always_save_checkpoint: bool = opt(False, "make every evaluation's state ckpt.pt, not only the best")
+    keep: int = opt(1, "newest states to keep: last.pt, and those before it as last-ITERATION.pt")
     wandb_log: bool = opt(False, "log to Weights & Biases too")
     wandb_project: str = opt("llamac", "its project")
     wandb_run_name: str = opt("", "its run name (default: from the date)")
@@ -94,6 +112,7 @@ class TrainConfig:
     beta1: float = opt(0.9, "decay of the mean gradient")
     beta2: float = opt(0.95, "decay of the mean squared gradient")
     grad_clip: float = opt(1.0, "longest gradient (2-norm) let through; 0 for any")
+    max_skipped: int = opt(10, "stop after so many steps in a row whose loss or gradient is not finite")
     decay_lr: bool = opt(True, "cosine decay of the learning rate to min_lr, after the warm-up")
     warmup_iters: int = opt(1000, "iterations of linear warm-up, with decay_lr")
     lr_decay_iters: int = opt(0, "iteration at which min_lr is reached (default 0: max_iters)")
@@ -106,10 +125,21 @@ class TrainConfig:
     compile: str = opt(
         "auto", "torch.compile the model; auto does on CUDA", choices=("auto", "True", "False")
     )
+    fsdp: bool = opt(
+        False, "split weights, gradients and moments over the processes (torchrun), not copy them"
+    )
+    deterministic: bool = opt(False, "only operations that give the same bits every time, also on CUDA")
     seed: int = opt(1337, "of initial weights, order of data, and dropout")
 
     def __post_init__(self):
-        for name in ("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps"):
+        for name in (
+            "eval_interval",
+            "log_interval",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "keep",
+            "max_skipped",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in (
@@ -124,7 +154,10 @@ class TrainConfig:
             "seed",
         ):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
+        for name in ("out_dir", "data_dir", "init_from"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty")
         if self.seed >= 2**62:
             raise ValueError(f"seed={self.seed} must be below 2**62")
         for name in ("beta1", "beta2"):
@@ -145,7 +178,7 @@ PPO_DEFAULTS = {
 PPO_ITERS = 15  # where neither --ppo_iters nor --max_iters is given
 
 # what a resumed run takes from the command line (or the default), not from the run it goes on with
-NOT_INHERITED = {"out_dir", "init_from", "eval_only", "device", "dtype", "compile"}
+NOT_INHERITED = {"out_dir", "init_from", "eval_only", "device", "dtype", "compile", "fsdp", "keep"}
 
 
 def parse_bool(text: str) -> bool:
@@ -176,7 +209,7 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict, dict]:
                     how |= {
                         "nargs": "?",
                         "const": "True",
-                        "type": lambda v: v if v == "auto" else v.capitalize(),
+                        "type": lambda v: v.capitalize() if v.lower() in ("true", "false") else v,
                     }
             text = f.metadata["help"]
             if "(default" not in text and f.default != "":
@@ -224,15 +257,11 @@ class Metrics:
         with atomic_write(self.path, "w") as f:
             f.writelines(kept)
         if cfg.wandb_log:
-            if not importlib.util.find_spec("wandb"):
-                raise SystemExit("--wandb_log needs a package; run: pip install wandb")
             import wandb
 
             name = cfg.wandb_run_name or datetime.now().strftime("run%Y_%m_%d_%H_%M_%S")
             self.wandb = wandb.init(project=cfg.wandb_project, name=name, config=asdict(cfg))
         if cfg.tensorboard_log:
-            if not importlib.util.find_spec("tensorboard"):
-                raise SystemExit("--tensorboard_log needs a package; run: pip install tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(os.path.join(cfg.out_dir, "tensorboard"))
@@ -261,12 +290,18 @@ class Runtime:
     compile: bool
     rank: int = 0
     world_size: int = 1
+    fsdp: bool = False
     pool: ThreadPoolExecutor | None = None  # on the CPU: one thread per core, each to compute alone
     threads: int = 1
 
     @property
     def kind(self) -> str:
         return self.device.partition(":")[0]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the model is this process's own: no other has a copy or a part of it."""
+        return self.world_size == 1 and not self.fsdp
 
     def autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.kind, self.dtype)
@@ -279,7 +314,7 @@ class Runtime:
         dropout: it draws from one generator, in an order that would not be certain.
         """
         small = model.num_parameters() <= THREADED_PARAMETERS and not model.args.dropout
-        if self.kind == "cpu" and self.world_size == 1 and small and not self.compile:
+        if self.alone and self.kind == "cpu" and small and not self.compile:
             self.threads = torch.get_num_threads()
         if self.threads > 1:
             self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -310,6 +345,22 @@ class Runtime:
                     p.grad = grad if p.grad is None else p.grad.add_(grad)
         return torch.as_tensor(total)
 
+    def backward_split(self, function: Callable, parts: list, spare, model: nn.Module) -> torch.Tensor:
+        """Backward and reduce for a split model's gradients; a rank out of parts works on spare, in vain."""
+        most = torch.tensor(len(parts), device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        total = torch.zeros(())
+        for i in range(int(most)):
+            with self.sync_gradients(model, last=i == int(most) - 1):
+                loss, stats = function(parts[i] if i < len(parts) else spare)
+                if i < len(parts):
+                    total = total + stats
+                # FSDP takes the ranks' mean
+                (loss * (self.world_size if i < len(parts) else 0)).backward()
+        sums = [None] * self.world_size
+        dist.all_gather_object(sums, total.cpu())
+        return sum(sums)
+
     def reduce(self, params: list[nn.Parameter], stats: torch.Tensor) -> torch.Tensor:
         """Replace gradients by their sums over all ranks, and statistics likewise."""
         if self.world_size == 1:
@@ -322,11 +373,116 @@ class Runtime:
         dist.all_gather_object(sums, stats.cpu())
         return sum(sums)
 
+    def of_first(self, value):
+        """Rank 0's value, on all ranks."""
+        if self.alone:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
     def gather(self, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Every rank's tensors, in order of rank, on this rank's device."""
         gathered = [None] * self.world_size
         dist.all_gather_object(gathered, {name: x.cpu() for name, x in tensors.items()})
         return [{name: x.to(self.device) for name, x in part.items()} for part in gathered]
+
+    def split(self, model: Transformer) -> Transformer:
+        """The model with each weight split over the ranks (FSDP2), layer by layer; rank 0's weights count.
+
+        The other ranks' model may be without weights, on the meta device; if all are, so is the result.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        full = model.state_dict()
+        with torch.device("meta"):
+            model = Transformer(model.args)
+        if self.compile:
+            for layer in model.layers:
+                layer.compile()
+        # sums in fp32; inputs are not cast, for the rotary tables are fp32 too
+        low = None if self.dtype == torch.float32 else self.dtype
+        precision = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(self.kind, (self.world_size,))
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(model, mesh=mesh, mp_policy=precision)
+        model.to_empty(device=self.device)
+        model.reset_rope()
+        model.rope_cos, model.rope_sin = model.rope_cos.to(self.device), model.rope_sin.to(self.device)
+        if self.total(any(w.is_meta for w in full.values()))[0] < self.world_size:
+            self.load_weights(model, full)
+        with torch.no_grad():  # FSDP's own preparations, which gathered relies on
+            model(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        model.reshard()  # else the root's parameters are still the whole ones
+        return model
+
+    def load_weights(self, model: Transformer, weights: dict[str, torch.Tensor]) -> None:
+        """Like load_state_dict; of a split model with rank 0's whole weights."""
+        if not self.fsdp:
+            model.load_state_dict(weights)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, weights if self.rank == 0 else {}, options=options)
+
+    @contextmanager
+    def gathered(self, model: Transformer, layers: bool = True) -> Iterator[None]:
+        """A split model's weights are whole on every rank in here, of which each may use them as it likes.
+
+        layers: those of the layers too, not only embedding, last norm and classifier.
+        """
+        if not self.fsdp:
+            yield
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        units = [m for m in (model.modules() if layers else [model]) if isinstance(m, FSDPModule)]
+        for unit in units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(unit is not model, recurse=False)  # as fully_shard has it
+                unit.reshard()
+
+    def split_moments(self, optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+        """An optimizer's state dict with whole moments, those of rank 0 split as the parameters are."""
+        from torch.distributed.tensor import distribute_tensor
+
+        params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+        for i, values in saved["state"].items():
+            p = params[i]
+            state[i] = {
+                key: distribute_tensor(x.to(self.device), p.device_mesh, p.placements) if x.dim() else x
+                for key, x in values.items()
+            }
+        return saved | {"state": state}
+
+    def whole_weights(self, model: Transformer) -> dict[str, torch.Tensor]:
+        """The state dict, of a split model gathered on rank 0 (on others empty); all ranks call it."""
+        if not self.fsdp:
+            return model.state_dict()
+        whole = {}
+        for name, tensor in model.state_dict().items():
+            tensor = tensor.full_tensor()
+            if self.rank == 0:
+                whole[name] = tensor.cpu()
+        return whole
+
+    @contextmanager
+    def sync_gradients(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Around the passes of a part: only an update's last one need bring the ranks' gradients together."""
+        if self.fsdp:
+            model.set_requires_gradient_sync(last)
+            yield
+        else:
+            with nullcontext() if last or self.world_size == 1 else model.no_sync():
+                yield
 
     def total(self, *values: float | torch.Tensor) -> list[float]:
         """The sums over all ranks."""
@@ -338,35 +494,120 @@ class Runtime:
         return sums.tolist()
 
 
-def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
-    """Pick device, precision and rank; joins the other processes when torchrun started this one."""
+def fresh_store(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """torchrun's store, under a prefix that this start's ranks share with no other.
+
+    torchrun keeps its store when it starts ranks again, and with it the addresses of those that died. Each
+    rank here says a word of its own, and what it has heard, until all have heard the same: a rank that died
+    cannot have heard the new words.
+    """
+    store.set(f"word/{rank}", uuid.uuid4().hex)
+    while True:
+        words = b" ".join(store.get(f"word/{r}") for r in range(world_size))
+        heard = hashlib.sha256(words).hexdigest()
+        store.set(f"heard/{rank}", heard)
+        if all(store.get(f"heard/{r}") == heard.encode() for r in range(world_size)):
+            return dist.PrefixStore(heard, store)
+        time.sleep(0.05)
+
+
+def check_launch() -> None:
+    """SystemExit if this is said to be one of several processes, but not which, or how to meet the others."""
+    if "RANK" not in os.environ:
+        return
+    torchrun = "run: torchrun --standalone --nproc_per_node=2 train.py … (their number), or: unset RANK"
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or name != "MASTER_ADDR" and not re.fullmatch("[0-9]{1,9}", value):
+            raise SystemExit(f"RANK is set, and {name} is {value!r}; {torchrun}")
+        numbers[name] = value if name == "MASTER_ADDR" else int(value)
+    if numbers["RANK"] >= numbers["WORLD_SIZE"] or numbers["MASTER_PORT"] > 65535:
+        raise SystemExit(
+            f"there is no RANK {numbers['RANK']} of WORLD_SIZE {numbers['WORLD_SIZE']} "
+            f"at MASTER_PORT {numbers['MASTER_PORT']}; {torchrun}"
+        )
+
+
+def check_early(given: dict) -> None:
+    """SystemExit for flags that cannot be right on this machine: before any file is read, and any written."""
+    cfg = TrainConfig(**given)
+    words = ("scratch", "resume", "auto")
+    if cfg.init_from not in words and not os.path.exists(cfg.init_from):
+        raise SystemExit(
+            f"no checkpoint at {cfg.init_from}; --init_from is one's path, or one of {', '.join(words)}"
+            + did_you_mean(cfg.init_from, list(words))
+        )
+    if pick_device(cfg.device).partition(":")[0] != "cuda" and cfg.dtype == "float16":
+        raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
+    if cfg.eval_only:  # writes nothing
+        return
+    there = os.path.abspath(cfg.out_dir)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
+        why = "may not be written to" if os.path.isdir(there) else "is no folder"
+        raise SystemExit(f"cannot write to {cfg.out_dir}: {there} {why}; choose another --out_dir")
+    for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
+        if getattr(cfg, flag) and not importlib.util.find_spec(package):
+            raise SystemExit(f"--{flag} needs a package; run: pip install {package}")
+
+
+def meet(backend: str) -> None:
+    """Join the other processes. Raises SystemExit if there is no meeting them."""
+    try:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = fresh_store(next(dist.rendezvous("env://"))[0], rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    except (dist.DistError, ValueError) as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise SystemExit(
+            f"no meeting the other processes at {where} ({str(e).splitlines()[0]}); is another run there? "
+            "choose another --master_port, or run: torchrun --standalone …"
+        ) from None
+
+
+def count_ranks(cfg: TrainConfig, ppo: bool = False) -> int:
+    """How many processes there are. Raises SystemExit if the work cannot be shared by so many."""
     world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # set by torchrun
-    device = cfg.device
+    if cfg.fsdp and "RANK" not in os.environ:
+        raise SystemExit(
+            "--fsdp splits the model over processes; run: torchrun --standalone --nproc_per_node=2 train.py "
+            "… (their number)"
+        )
     if cfg.gradient_accumulation_steps % world_size and not ppo:
         raise SystemExit(
             f"{world_size} processes cannot share --gradient_accumulation_steps="
             f"{cfg.gradient_accumulation_steps}; make it a multiple of {world_size}"
         )
+    return world_size
+
+
+def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
+    """Pick device, precision and rank; joins the other processes when torchrun started this one."""
+    world_size, device = count_ranks(cfg, ppo), cfg.device
     if world_size > 1 and pick_device(device.partition(":")[0]) == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device)
     kind = device.partition(":")[0]
-    if world_size > 1:
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    if world_size > 1 or cfg.fsdp:
         if kind == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        meet("nccl" if kind == "cuda" else "gloo")
     dtype = cfg.dtype
     if dtype == "auto" and kind == "cuda":  # cards before Ampere know no bfloat16
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     elif dtype == "auto":
         dtype = "float32"
-    if dtype == "float16" and kind != "cuda":
-        raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
     # without Triton (Windows, say) there is nothing to compile with
     able = kind == "cuda" and importlib.util.find_spec("triton") is not None
     compiling = able if cfg.compile == "auto" else cfg.compile == "True"
     torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products on CUDA
-    return Runtime(device, getattr(torch, dtype), compiling, int(os.environ.get("RANK", 0)), world_size)
+    rank = int(os.environ.get("RANK", 0))
+    return Runtime(device, getattr(torch, dtype), compiling, rank, world_size, cfg.fsdp)
 
 
 # ----------------------------------------------------------------------------
@@ -374,29 +615,38 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
 
 
 def state_files(out_dir: str) -> list[str]:
-    return [path for name in ("last.pt", "ckpt.pt") if os.path.exists(path := os.path.join(out_dir, name))]
+    """States of pretraining in out_dir, which someone may have given a new ckpt.pt."""
+    last, ckpt = (os.path.join(out_dir, name) for name in ("last.pt", "ckpt.pt"))
+    # of the same iteration the first counts, and ckpt.pt may be without moments
+    return [path for path in (last, *numbered(out_dir, "last"), ckpt) if os.path.exists(path)]
 
 
-def find_state(out_dir: str) -> tuple[str, dict]:
-    """Path and content of the newest state in out_dir, which someone may have given a new ckpt.pt."""
-    states = [(path, load_checkpoint(path)) for path in state_files(out_dir)]
-    if not states:
+def find_state(out_dir: str, lazily: bool = False) -> tuple[str, dict]:
+    """Path and content of the newest state in out_dir that is whole, read like load_checkpoint does."""
+    if not (paths := state_files(out_dir)):
         raise SystemExit(
             f"nothing to resume in {out_dir}; to begin, run: python train.py --out_dir={out_dir}"
         )
-    return max(states, key=lambda state: state[1].get("iter_num", 0))
+    return newest_state(paths, lazily)
 
 
-def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, dict | None]:
-    """Settings, network (fp32, on the CPU) and the checkpoint to go on from, if any.
+def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, str, dict]:
+    """Settings, network (fp32, on the CPU), path and content of the checkpoint to go on from ("", {}: none).
 
     The shape comes from the checkpoint; a flag that contradicts it is an error, and what was not given is
-    taken over.
+    taken over. With --fsdp the network of all ranks but the first is without weights, and that of a
+    checkpoint whose tensors are split everywhere.
     """
+    rank = int(os.environ.get("RANK", 0))
     try:
+        check_early(given)
         cfg = TrainConfig(**given)
+        if int(
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        ):  # torchrun --max-restarts: go on, don't begin
+            cfg.init_from = "auto" if state_files(cfg.out_dir) else cfg.init_from
         if cfg.init_from == "auto":
-            given["init_from"] = cfg.init_from = "resume" if state_files(cfg.out_dir) else "scratch"
+            cfg.init_from = "resume" if state_files(cfg.out_dir) else "scratch"
         elif cfg.init_from != "resume" and (there := state_files(cfg.out_dir)) and not cfg.eval_only:
             raise SystemExit(
                 f"{there[0]} is a run already; go on with it by --init_from=resume, "
@@ -408,14 +658,19 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
                 raise SystemExit(
                     "the Llama 2 tokenizer has 32000 ids; for your own add --vocab_source=custom"
                 )
+            check_shape(cfg, args)
             torch.manual_seed(cfg.seed)
-            return cfg, Transformer(args), None
+            with torch.device("meta" if cfg.fsdp and rank else "cpu"):
+                return cfg, Transformer(args), "", {}
         resume = cfg.init_from == "resume"
-        path, checkpoint = (
-            find_state(cfg.out_dir) if resume else (cfg.init_from, load_checkpoint(cfg.init_from))
-        )
+        if resume:
+            path, checkpoint = find_state(cfg.out_dir, cfg.fsdp)
+        else:
+            path, checkpoint = cfg.init_from, load_checkpoint(cfg.init_from, cfg.fsdp)
         free = {"dropout"} if resume else {"dropout", "max_seq_len"}  # these change no weight's shape
-        model = model_from_checkpoint(checkpoint, path, **{k: v for k, v in model_given.items() if k in free})
+        changes = {k: v for k, v in model_given.items() if k in free}
+        empty = cfg.fsdp and (rank > 0 or path.endswith(SHARDED))
+        model = model_from_checkpoint(checkpoint, path, empty, **changes)
         for name, value in model_given.items():
             if not agrees(name, value, model.args):
                 raise SystemExit(
@@ -428,12 +683,43 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
         taken = {k: v for k, v in checkpoint.get("config", {}).items() if k in names}
         if model.args.vocab_size != 32000:  # not the Llama 2 tokenizer's, whatever the flag's default
             taken.setdefault("vocab_source", "custom")
-        if os.environ.get("RANK", "0") == "0":
+        if rank == 0:
             print(f"from {path}, iteration {checkpoint.get('iter_num', 0)}")
-        cfg = TrainConfig(**taken | given)
+        cfg = TrainConfig(**taken | given | {"init_from": cfg.init_from})
     except ValueError as e:
         raise SystemExit(f"{e}; see: python train.py --help") from None
-    return cfg, model, checkpoint
+    return cfg, model, path, checkpoint
+
+
+def check_shape(cfg: TrainConfig, args: ModelArgs) -> None:
+    """SystemExit for a new model that there is no data for, or no room, before it is built."""
+    count_ranks(cfg)
+    if args.vocab_size > 2**16:
+        raise SystemExit(
+            f"--vocab_size={args.vocab_size} is above {2**16} (16 bits per token); give a smaller one, "
+            "as in: python tinystories.py train_vocab --vocab_size=4096"
+        )
+    check_batch(cfg, args, *find_tokens(cfg, args, {}))
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed = 4 * (args.num_parameters() + 2 * args.max_seq_len * args.head_dim)
+        if needed > memory:
+            raise SystemExit(
+                f"a model of {args.num_parameters():,} parameters takes {needed / 1e9:,.0f} GB, and this "
+                f"machine has {memory / 1e9:,.0f}; lower --dim or --n_layers"
+            )
+
+
+def check_batch(cfg: TrainConfig, args: ModelArgs, folder: str, meta: dict) -> None:
+    """SystemExit if there is less text to train on than one batch holds."""
+    tokens, length = sum(shard["tokens"] for shard in meta["shards"][1:]), args.max_seq_len
+    if cfg.batch_size * length <= tokens or cfg.eval_only:
+        return
+    lower = f"--batch_size={tokens // length}" if length <= tokens else f"--max_seq_len={max(tokens // 8, 1)}"
+    raise SystemExit(
+        f"{folder} has {tokens:,} tokens to train on, fewer than a batch of {cfg.batch_size} x {length}; "
+        f"add more stories, or give {lower} or less"
+    )
 
 
 def agrees(name: str, value, args: ModelArgs) -> bool:
@@ -456,10 +742,12 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig, kind: str) -> torch.optim
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None) -> bool:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None, runtime: Runtime) -> bool:
     """Take over moments, not hyperparameters: those come from the flags. False if there are no moments."""
     if not state or not state["state"]:
         return False
+    if runtime.fsdp:
+        state = runtime.split_moments(optimizer, state)
     try:
         load_moments(optimizer, state)
     except ValueError:
@@ -493,15 +781,23 @@ def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[
     def score(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, int]:
         xs, ys = part
         valid = int((ys != -1).sum())
-        if not valid:
+        if not valid and not runtime.fsdp:
             return 0.0, 0
         with torch.no_grad(), runtime.autocast():  # in here: both belong to the thread
             _, loss = model(xs.to(runtime.device), ys.to(runtime.device))
-        return loss.item() * valid, valid
+        return loss.item() * valid if valid else 0.0, valid
+
+    def shared() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches; of a split model, whose ranks compute together, as many as the rank with most has."""
+        batch = next(iter(batches), None)
+        while any(runtime.total(batch is not None)) if runtime.fsdp else batch:
+            shape = batches.batch_size, batches.max_seq_len
+            yield batch or (torch.full(shape, batches.bos_id), torch.full(shape, -1))
+            batch = next(batches, None)
 
     model.eval()
     nats, count = 0.0, 0
-    for x, y in batches:
+    for x, y in shared():
         for part_nats, part_count in runtime.map(score, split_batch(x, y, runtime)):
             nats, count = nats + part_nats, count + part_count
     model.train()
@@ -535,10 +831,11 @@ def add_gradients(model: nn.Module, parts: list, weight: float, runtime: Runtime
 
 def train_step(
     model, optimizer, scaler, batches: TokenBatches, cfg: TrainConfig, runtime: Runtime, iter_num: int
-):
+) -> tuple[float, float]:
     """One update from gradient_accumulation_steps micro-batches over all ranks.
 
-    Returns this rank's mean loss and the gradient's norm before clipping, as tensors on the device.
+    Returns the mean loss over all ranks and the gradient's norm before clipping. If one of them is not
+    finite, the update is not made.
     """
     steps = cfg.gradient_accumulation_steps // runtime.world_size
     total = torch.zeros((), device=runtime.device)
@@ -548,12 +845,12 @@ def train_step(
         k = iter_num * cfg.gradient_accumulation_steps + micro * runtime.world_size + runtime.rank
         torch.manual_seed(cfg.seed + 1_000_003 * (k + 1))
         parts, weight = split_batch(x, y, runtime), 1 / (len(x) * steps)
-        if runtime.kind == "cpu" and runtime.world_size == 1:
+        if runtime.kind == "cpu" and runtime.alone:
             total += add_gradients(model, parts, weight, runtime)
             continue
         for i, (xs, ys) in enumerate(parts):
             last = micro == steps - 1 and i == len(parts) - 1
-            with nullcontext() if last or runtime.world_size == 1 else model.no_sync():
+            with runtime.sync_gradients(model, last):
                 with runtime.autocast():
                     _, loss = model(xs.to(runtime.device), ys.to(runtime.device))
                 loss = loss * (len(xs) * weight)
@@ -561,10 +858,14 @@ def train_step(
             total += loss.detach()
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    scaler.step(optimizer)
+    if runtime.fsdp:
+        norm = norm.full_tensor()
+    (loss,), norm = runtime.total(total / runtime.world_size), float(norm)
+    if math.isfinite(loss) and math.isfinite(norm):
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return loss, norm
 
 
 class Interrupt:
@@ -584,6 +885,13 @@ def find_tokens(cfg: TrainConfig, args: ModelArgs, checkpoint: dict) -> tuple[st
     """Folder and meta of the token shards; raises SystemExit if the checkpoint's tokenizer was another."""
     size = 0 if cfg.vocab_source == "llama2" else args.vocab_size
     folder = token_dir(cfg.data_dir, size)
+    others = glob.glob(os.path.join(glob.escape(cfg.data_dir), "tok*[0-9]", "meta.json"))
+    if others and not checkpoint and not os.path.isdir(folder):
+        there = min(os.path.basename(os.path.dirname(other)) for other in others)
+        raise SystemExit(
+            f"no token shards in {folder}; run: {command('pretokenize', cfg.data_dir, size)}, or take those "
+            f"of {there}: --vocab_source=custom --vocab_size={there.removeprefix('tok')}"
+        )
     meta = read_meta(folder, args.vocab_size)
     trained_with = checkpoint.get("config", {}).get("tokenizer_sha256", meta["tokenizer_sha256"])
     if trained_with != meta["tokenizer_sha256"]:
@@ -597,64 +905,88 @@ def find_tokens(cfg: TrainConfig, args: ModelArgs, checkpoint: dict) -> tuple[st
 class Pretraining:
     """A run's moving parts: what a checkpoint holds, and what it takes to make the next step."""
 
-    def __init__(self, cfg: TrainConfig, model: Transformer, checkpoint: dict | None, runtime: Runtime):
-        self.cfg, self.raw_model, self.runtime = cfg, model.to(runtime.device), runtime
-        checkpoint = checkpoint or {}
+    def __init__(self, cfg: TrainConfig, model: Transformer, path: str, checkpoint: dict, runtime: Runtime):
+        """checkpoint, from path, as configure gave them."""
+        self.cfg, self.runtime = cfg, runtime
         folder, meta = find_tokens(cfg, model.args, checkpoint)
+        check_batch(cfg, model.args, folder, meta)
         self.config = asdict(cfg) | {"tokenizer_sha256": meta["tokenizer_sha256"]}
         shape = cfg.batch_size, model.args.max_seq_len
         ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
         self.batches = TokenBatches(folder, "train", *shape, seed=cfg.seed, **ranks)
         self.val_batches = TokenBatches(folder, "val", *shape, max_batches=cfg.eval_iters or None, **ranks)
-        self.optimizer = make_optimizer(model, cfg, runtime.kind)
+        self.raw_model = runtime.split(model) if runtime.fsdp else model.to(runtime.device)
+        self.optimizer = make_optimizer(self.raw_model, cfg, runtime.kind)
+        if runtime.fsdp and path.endswith(SHARDED):
+            fill_shards(path, checkpoint, self.raw_model, self.optimizer)
         self.scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
         self.iter_num, self.best_val_loss = 0, math.inf
         self.loss_sum, self.loss_count = 0.0, 0  # of the training losses since the last evaluation
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
+        self.skipped = self.in_a_row = 0  # steps not made, for a loss or gradient that is not finite
         if cfg.init_from == "resume":
-            self.resume(checkpoint)
+            self.resume(path, checkpoint)
+        elif path:
+            self.optimizer.state.clear()
         runtime.start_threads(self.raw_model)
-        self.model = torch.compile(self.raw_model) if runtime.compile else self.raw_model
+        whole = runtime.compile and not runtime.fsdp  # which compiles layer by layer
+        self.model = torch.compile(self.raw_model) if whole else self.raw_model
         self.train_model = self.model
-        if runtime.world_size > 1:
+        if runtime.world_size > 1 and not runtime.fsdp:
             ids = [runtime.device] if runtime.kind == "cuda" else None
             self.train_model = DistributedDataParallel(
                 self.model, ids, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
-    def resume(self, checkpoint: dict) -> None:
+    def resume(self, path: str, checkpoint: dict) -> None:
         self.iter_num = checkpoint.get("iter_num", 0)
-        if not load_optimizer(self.optimizer, checkpoint.get("optimizer")) and self.runtime.rank == 0:
+        moments = checkpoint.get("optimizer")
+        if self.runtime.fsdp and path.endswith(SHARDED):
+            pass  # they are there already
+        elif not load_optimizer(self.optimizer, moments, self.runtime) and self.runtime.rank == 0:
             print("the checkpoint has no optimizer state: its moments start from zero", file=sys.stderr)
         if "data" in checkpoint and not self.cfg.eval_only:  # one of ours: others' best loss is of other text
             self.best_val_loss = checkpoint["best_val_loss"]
             self.batches.load_state_dict(checkpoint["data"])
             if checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            self.loss_sum, self.loss_count = checkpoint["train_loss"]
+            self.loss_sum, self.loss_count = map(float, checkpoint["train_loss"])
+            self.skipped = checkpoint.get("skipped", 0)
             self.evaluated = True
 
     def save(self, best: bool) -> None:
-        """Write last.pt; if best, or the first, also model.bin and the same as ckpt.pt. Rank 0 only."""
-        folder = self.cfg.out_dir
-        checkpoint = {
-            "model": self.raw_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        """Write last.pt (of a split model last-ITERATION.dcp); if best, or the first, also model.bin and the
+        same as ckpt.pt (of a split model without moments). All ranks call it.
+        """
+        folder, runtime, fsdp = self.cfg.out_dir, self.runtime, self.runtime.fsdp
+        rest = {
             "model_args": asdict(self.raw_model.args),
             "iter_num": self.iter_num,
             "best_val_loss": self.best_val_loss,
             "config": self.config,
             "data": self.batches.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "train_loss": (float(self.loss_sum), self.loss_count),
+            "train_loss": (self.loss_sum, self.loss_count),
+            "skipped": self.skipped,
         }
-        last, ckpt = os.path.join(folder, "last.pt"), os.path.join(folder, "ckpt.pt")
+        moments = self.optimizer.state_dict()
+        if fsdp:
+            moments["state"] = {}
+        ckpt = os.path.join(folder, "ckpt.pt")
+        first = any(runtime.total(runtime.rank == 0 and not os.path.exists(ckpt)))
         try:
-            # last.pt last: it says that this evaluation is over and done with
-            if best or not os.path.exists(ckpt):
-                write_model(os.path.join(folder, "model.bin"), self.raw_model)
-                save_checkpoint(ckpt, checkpoint)
-            save_checkpoint(last, checkpoint)
+            # the newest state last: it says that this evaluation is over and done with
+            if best or first:
+                weights = runtime.whole_weights(self.raw_model)
+                if runtime.rank == 0:
+                    write_model(os.path.join(folder, "model.bin"), self.raw_model.args, weights)
+                    save_checkpoint(ckpt, rest | {"model": weights, "optimizer": moments})
+            if fsdp:
+                tensors = shards(self.raw_model, self.optimizer)
+                save_state(folder, "last", rest | {"optimizer": moments}, self.cfg.keep, tensors)
+            elif runtime.rank == 0:
+                state = rest | {"model": self.raw_model.state_dict(), "optimizer": moments}
+                save_state(folder, "last", state, self.cfg.keep)
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
             raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
 
@@ -662,7 +994,7 @@ class Pretraining:
         """Evaluate, and report; then save, so that a resumed run need not do it again."""
         scores = evaluate(self.model, self.val_batches, self.runtime)
         loss = scores["loss/val"]
-        (train_loss,) = self.runtime.total(self.loss_sum / max(self.loss_count, 1) / self.runtime.world_size)
+        train_loss = self.loss_sum / max(self.loss_count, 1)
         # a fine-tuned model may well do worse than its origin on other text: iteration 0 is no rival
         best = self.iter_num > 0 and loss < self.best_val_loss
         if metrics:
@@ -676,18 +1008,28 @@ class Pretraining:
         if best:
             self.best_val_loss = loss
         self.loss_sum, self.loss_count, self.evaluated = 0.0, 0, True
-        if metrics and (self.iter_num or not self.cfg.max_iters) and not self.cfg.eval_only:
+        if (self.iter_num or not self.cfg.max_iters) and not self.cfg.eval_only:
             self.save(best or self.cfg.always_save_checkpoint)
 
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self) -> tuple[float, float]:
+        """One iteration; returns its mean loss and the norm of the gradient."""
         lr = get_lr(self.cfg, self.iter_num)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, norm = train_step(
-            self.train_model, self.optimizer, self.scaler, self.batches, self.cfg, self.runtime, self.iter_num
-        )
-        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+        parts = self.train_model, self.optimizer, self.scaler, self.batches
+        before = self.batches.state_dict()
+        try:
+            loss, norm = train_step(*parts, self.cfg, self.runtime, self.iter_num)
+        except SystemExit:  # damaged data: nothing of what was learned before is lost
+            if self.runtime.alone and self.iter_num:
+                self.batches.load_state_dict(before)
+                self.save(best=False)
+            raise
         self.iter_num, self.evaluated = self.iter_num + 1, False
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.loss_sum, self.loss_count, self.in_a_row = self.loss_sum + loss, self.loss_count + 1, 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         return loss, norm
 
 
@@ -725,21 +1067,30 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             break
         loss, norm = run.step()
         bar.update()
-        if run.iter_num % cfg.log_interval == 0:
-            (mean,) = runtime.total(loss / runtime.world_size)
+        if run.in_a_row:
+            give_up = run.in_a_row >= cfg.max_skipped
+            if metrics:
+                show(
+                    f"step {run.iter_num - 1} skipped: loss {loss}, norm of the gradient {norm} "
+                    f"({run.in_a_row} in a row)"
+                )
+                metrics.log(run.iter_num, {"skipped": run.skipped})
+            if give_up:
+                break
+        elif run.iter_num % cfg.log_interval == 0:
             now = time.perf_counter()
             speed = (run.iter_num - since_iter) * tokens_per_iter / (now - since)
             since, since_iter = now, run.iter_num
             values = {
-                "loss/train": mean,
+                "loss/train": loss,
                 "lr": get_lr(cfg, run.iter_num - 1),
-                "grad_norm": norm.item(),
+                "grad_norm": norm,
                 "tok/s": speed,
             }
             if bar.disable and metrics and now - shown > 10:  # not on a terminal: a line now and then
                 shown, left = now, (cfg.max_iters - run.iter_num) * tokens_per_iter / speed
                 print(
-                    f"iteration {run.iter_num}/{cfg.max_iters}: loss {mean:.4f}, {speed:,.0f} tok/s, "
+                    f"iteration {run.iter_num}/{cfg.max_iters}: loss {loss:.4f}, {speed:,.0f} tok/s, "
                     f"{left / 60:.0f} min left",
                     flush=True,
                 )
@@ -748,26 +1099,61 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             if metrics:
                 metrics.log(run.iter_num, values)
                 mfu = {"MFU": f"{100 * values['mfu']:.1f}%"} if peak else {}
-                bar.set_postfix({"loss": f"{mean:.4f}", "tok/s": f"{speed:,.0f}"} | mfu)
+                bar.set_postfix({"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"} | mfu)
     bar.close()
-    if asked and run.iter_num < cfg.max_iters and metrics and not cfg.eval_only:
+    if run.in_a_row >= cfg.max_skipped:
         run.save(best=False)
+        raise SystemExit(
+            f"{run.in_a_row} steps in a row had a loss or gradient that is not finite: training has "
+            "diverged. The state before them is saved; to go on from it, add --init_from=resume "
+            f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
+        )
+    if asked and run.iter_num < cfg.max_iters and not cfg.eval_only:
+        run.save(best=False)
+        if not metrics:
+            return
         again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # the last one counts
         if runtime.world_size > 1:
             again = "the same torchrun command with --init_from=resume"
         print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
 
 
+def check_lengths(ppo: PPOConfig, args: ModelArgs) -> None:
+    """SystemExit for a prompt or a target that the context has no room for."""
+    longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
+    if wants_length(ppo.reward) and ppo.target_len > longest:
+        limit = (
+            f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
+        )
+        raise SystemExit(
+            f"no story can come to --target_len={ppo.target_len} within {limit}; choose a lower target, "
+            f"like --target_len={max(longest // 2, 1)}"
+        )
+    if ppo.start_len >= args.max_seq_len:
+        raise SystemExit(
+            f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens; choose "
+            f"a lower one, like --start_len={max(args.max_seq_len // 4, 1)}"
+        )
+
+
 def configure_ppo(
     model_given: dict, given: dict, ppo_given: dict
-) -> tuple[TrainConfig, PPOConfig, dict, dict | None]:
-    """Settings, the reference's checkpoint, and the state of a PPO run to go on with, if there is one."""
+) -> tuple[TrainConfig, PPOConfig, dict, str, dict | None]:
+    """Settings, the reference's checkpoint, and path and content of the state of a PPO run to go on with."""
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     path, state_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ppo_ckpt.pt"))
     if given.get("init_from") not in ("resume", "auto"):
         raise SystemExit(f"--ppo fine-tunes {path}; add --init_from=resume")
-    checkpoint = load_checkpoint(path)
-    state = load_checkpoint(state_path) if os.path.exists(state_path) else None
+    states = [p for p in (state_path, *numbered(out_dir, "ppo_ckpt")) if os.path.exists(p)]
+    try:
+        check_early(given)
+        if not states:  # of which the rest would come
+            PPOConfig(**ppo_given)
+    except ValueError as e:
+        raise SystemExit(f"{e}; see: python train.py --help") from None
+    split = given.get("fsdp", False)
+    checkpoint = load_checkpoint(path, split)
+    state_path, state = newest_state(states, split) if states else ("", None)
     try:
         args = ModelArgs(**checkpoint["model_args"])
         for name, value in model_given.items():
@@ -797,22 +1183,13 @@ def configure_ppo(
     if cfg.dtype not in ("auto", "float32") or cfg.compile == "True":
         raise SystemExit("PPO computes in float32 and without compilation; leave --dtype and --compile out")
     cfg.dtype, cfg.compile = "float32", "False"
-    if os.environ.get("RANK", "0") == "0":
-        print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
-        print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
-    longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
-    if wants_length(ppo.reward) and ppo.target_len > longest:
-        limit = (
-            f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
-        )
+    if cfg.fsdp and ppo.advantage == "gae" and ppo.critic != "reference":
         raise SystemExit(
-            f"no story can come to --target_len={ppo.target_len} within {limit}; choose a lower target"
+            f"--fsdp does not split --critic={ppo.critic}; take --critic=reference or --advantage=rloo "
+            "--group_size=4"
         )
-    if ppo.start_len >= args.max_seq_len:
-        raise SystemExit(
-            f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens"
-        )
-    return cfg, ppo, checkpoint, state
+    check_lengths(ppo, args)
+    return cfg, ppo, checkpoint, state_path, state
 
 
 def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: dict, tokenizer):
@@ -827,14 +1204,15 @@ def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: d
         with open(ppo.prompts, encoding="utf-8") as f:
             lines = [line.rstrip("\n") for line in f if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise SystemExit(f"--prompts={ppo.prompts}: {e}") from None
+        why = e.strerror if isinstance(e, OSError) else f"not UTF-8 ({e.reason})"
+        raise SystemExit(f"--prompts={ppo.prompts}: {why}; name a text file, one prompt per line") from None
     if not lines:
         raise SystemExit(f"--prompts={ppo.prompts} holds no prompt; write one per line")
     ids = [tokenizer.encode(line, bos=True) for line in lines]
     if (longest := max(map(len, ids))) >= args.max_seq_len:
         raise SystemExit(
             f"--prompts={ppo.prompts}: a prompt of {longest} tokens leaves no room in a context of "
-            f"{args.max_seq_len}"
+            f"{args.max_seq_len}; shorten it"
         )
     train = [p for i, p in enumerate(ids) if i % 10 or len(ids) < 10]  # every tenth is held out
     held_out = (ids[::10] if len(ids) >= 10 else ids)[:count]
@@ -846,7 +1224,7 @@ def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: d
 
 
 def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
-    cfg, ppo, checkpoint, state = configure_ppo(model_given, given, ppo_given)
+    cfg, ppo, checkpoint, state_path, state = configure_ppo(model_given, given, ppo_given)
     runtime = set_up(cfg, ppo=True)
     args = ModelArgs(**checkpoint["model_args"] | {"dropout": 0.0})
     about = {"config": asdict(cfg) | checkpoint.get("config", {}), "model_args": asdict(args)}
@@ -855,11 +1233,14 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
     prompts, held_out = prompts_for(cfg, ppo, args, checkpoint, tokenizer)
     run = PPO(ppo, cfg, runtime, checkpoint, tokenizer, prompts, held_out)
     if state:
-        run.resume(state, os.path.join(cfg.out_dir, "ppo_ckpt.pt"))
+        run.resume(state, state_path)
     runtime.start_threads(run.policy)
     metrics = None
     if runtime.rank == 0:
         metrics = open_metrics(cfg, run.iter_num, ppo=True, fresh=state is None)
+        path = os.path.join(cfg.out_dir, "ckpt.pt")
+        print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
+        print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
         trained = sum(p.numel() for p in run.trained)
         print(
             f"{run.policy.num_parameters():,} parameters, {trained:,} trained, on {runtime.world_size} x "
@@ -874,10 +1255,10 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
     leave_together(runtime)
 
 
-def write_model(path: str, model: Transformer) -> None:
+def write_model(path: str, args: ModelArgs, weights: dict[str, torch.Tensor]) -> None:
     """model.bin for run.c, in the oldest layout that can tell all there is."""
-    version = 0 if (model.args.rope_theta, model.args.norm_eps) == DEFAULTS else 1
-    write_bin(path, model.args, model.state_dict(), version)
+    version = 0 if (args.rope_theta, args.norm_eps) == DEFAULTS else 1
+    write_bin(path, args, weights, version)
 
 
 def open_metrics(cfg: TrainConfig, iter_num: int, **how) -> Metrics:
@@ -889,22 +1270,32 @@ def open_metrics(cfg: TrainConfig, iter_num: int, **how) -> Metrics:
 
 def leave_together(runtime: Runtime) -> None:
     """A process group that outlives its threads aborts the process at its end."""
-    if runtime.world_size > 1:
+    if not runtime.alone:
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
 
 
+def claim(out_dir: str) -> IO | None:
+    """The lock of out_dir, which one run at a time may write to; rank 0's, if the folder is there."""
+    first = os.environ.get("RANK", "0") == "0" and os.path.isdir(out_dir)
+    return lock(out_dir, other="another --out_dir") if first else None
+
+
 def main(argv: list[str] | None = None) -> None:
+    check_launch()
     model_given, given, ppo_given = parse_cli(argv)
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    # before anything is read there, so that no other run changes it in between
+    held = None if given.get("eval_only") else claim(out_dir)
     if ppo_given.pop("ppo", False):
         run_ppo(model_given, given, {"ppo": True} | ppo_given)
         return
     if ppo_given:
         raise SystemExit(f"--{next(iter(ppo_given))} is for PPO; add --ppo, or leave it out")
-    cfg, model, checkpoint = configure(model_given, given)
+    cfg, model, path, checkpoint = configure(model_given, given)
     runtime = set_up(cfg)
-    run = Pretraining(cfg, model, checkpoint, runtime)
+    run = Pretraining(cfg, model, path, checkpoint, runtime)
     metrics = tokenizer = None
     if runtime.rank == 0:
         if cfg.max_iters <= run.iter_num != 0 and not cfg.eval_only:
@@ -913,9 +1304,11 @@ def main(argv: list[str] | None = None) -> None:
                 file=sys.stderr,
             )
         metrics = open_metrics(cfg, run.iter_num)
+        held = held or (None if cfg.eval_only else claim(out_dir))
         try:
             about = {"config": run.config, "model_args": asdict(model.args)}
-            tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"))
+            if not cfg.fsdp:  # a split model cannot tell a story on one rank
+                tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"))
         except SystemExit as e:
             print(f"no sample stories: {e}", file=sys.stderr)
         tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len

@@ -1316,17 +1316,17 @@ def test_killed_between_two_files_of_a_save(tune, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def kill(path, checkpoint):
-        if str(path).endswith("ppo_ckpt.pt") and checkpoint["iter_num"] == PRETRAINED + 4:
+    def kill(folder, stem, checkpoint, *more):
+        if checkpoint["iter_num"] == PRETRAINED + 4:
             raise Killed
-        real(path, checkpoint)
+        real(folder, stem, checkpoint, *more)
 
-    real = ppo.save_checkpoint
+    real = ppo.save_state
     tune("whole", "--ppo_iters=4")
-    monkeypatch.setattr(ppo, "save_checkpoint", kill)
+    monkeypatch.setattr(ppo, "save_state", kill)
     with pytest.raises(Killed):
         tune("cut", "--ppo_iters=4")
-    monkeypatch.setattr(ppo, "save_checkpoint", real)
+    monkeypatch.setattr(ppo, "save_state", real)
     tune("cut", "--ppo_iters=4")
     assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
