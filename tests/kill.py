@@ -298,16 +298,16 @@ def run(argv: list[str], folder: Path) -> None:
         raise SystemExit(f"{' '.join(argv)} ends with {code}: {said[-2000:]}")
 
 
-def prepare(folder: Path) -> None:
-    """Everything that some stage needs, once: stories, vocabulary, tokens, a model."""
-    folder.mkdir()
+def prepare(folder: Path, model: bool) -> None:
+    """Everything that some stage needs, once: stories, vocabulary, tokens, and a model if that is needed."""
     run(["tinystories.py", "synth", "--num_stories=4000", "--num_shards=4"], folder)
     run(["tinystories.py", "train_vocab", "--vocab_size=320"], folder)
     run(PRETOKENIZE, folder)
     shutil.copytree(folder / "data", folder / "half", ignore=shutil.ignore_patterns("tok320"))
     run([*PRETOKENIZE, "--shard=1/2", "--data_dir=half"], folder)  # the other parts are for the stages
     run([*SYNTH, "--shard=2/2", "--data_dir=part"], folder)
-    run([*TRAIN, *SHAPE, "--dropout=0", "--max_iters=4"], folder)
+    if model:
+        run([*TRAIN, *SHAPE, "--dropout=0", "--max_iters=4"], folder)
     text = json.loads((folder / "data/TinyStories_all_data/data01.json").read_text("utf-8"))
     (folder / "stories.jsonl").write_text("".join(json.dumps(story) + "\n" for story in text * 6), "utf-8")
     raw = io.BytesIO()
@@ -424,17 +424,16 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("tinystories", "tokenizer", "train", "export"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(args.dir or scratch).resolve()
-        common = work / "common"
-        work.mkdir(parents=True, exist_ok=True)
-        prepare(common)
-        model = (common / "tokenizer.model").read_bytes()  # in place of Llama 2's
-        sys.modules["tinystories"].TOKENIZER_SHA256 = hashlib.sha256(model).hexdigest()
+        common = Path(args.dir or scratch).resolve() / "common"
+        common.mkdir(parents=True)
         server, url = serve(common)
         try:
             chosen = [stage for stage in stages(url) if not args.stage or stage.name in args.stage]
             if not chosen:
                 raise SystemExit(f"no such stage: {args.stage}")
+            prepare(common, any("out/ckpt.pt" in stage.inputs for stage in chosen))
+            model = (common / "tokenizer.model").read_bytes()  # in place of Llama 2's
+            sys.modules["tinystories"].TOKENIZER_SHA256 = hashlib.sha256(model).hexdigest()
             print(f"{'stage':12} {'alone':>9} {'kills':>6} {'ended':>6} {'failures':>9}")
             for stage in chosen:
                 kills = max(1, round(args.kills * stage.share / sum(s.share for s in chosen)))
