@@ -416,9 +416,9 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
     def grow() -> bool:
         """Drop what was read and take another piece; False at the end of the file."""
         nonlocal text, at, line
-        piece = next(pieces, "")
-        line += text.count("\n", 0, at)
-        text, at = text[at:] + piece, 0
+        if piece := next(pieces, ""):
+            line += text.count("\n", 0, at)
+            text, at = text[at:] + piece, 0
         return bool(piece)
 
     def peek() -> str:
@@ -442,8 +442,8 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
         peek()
         try:
             value, end = decode(text, at)
-            if end == len(text) and isinstance(value, int | float) and grow():
-                continue  # there may be more digits
+            if len(text) - end <= 2 and isinstance(value, int | float) and grow():
+                continue  # there may be more of the number, as of 1 in "1e+"
             at = end
         except json.JSONDecodeError as e:  # wrong, or cut off by the end of the text we hold
             after = e.pos - at
