@@ -880,7 +880,11 @@ class PPO:
         samples = self.ppo.eval_samples
         prompts = [prompt for prompt in self.eval_prompts for _ in range(samples)]
         u = torch.rand(len(prompts), self.ppo.max_gen_len, generator=torch.Generator().manual_seed(EVAL_SEED))
-        batch = self.collect(prompts, u)
+        parts = []
+        for i in range(0, len(prompts), self.size):  # no more at once than in training: features are large
+            part = self.collect(prompts[i : i + self.size], u[i : i + self.size])
+            parts.append({k: x for k, x in part.items() if k not in ("features", "reference", "seconds")})
+        batch = join(parts)
         values = self.describe(batch)
         stories = [
             row[first:last]

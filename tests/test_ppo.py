@@ -1054,13 +1054,15 @@ def by_hand(run: PPO, stories: list[list[int]], starts: list[int]) -> dict[str, 
 
 @pytest.fixture
 def evaluated():
-    run = make_run(eval_samples=3)
+    run = make_run(eval_samples=3, rollout_size=8)
     run.evaluate()
     nudge(run.policy, 0.1)
-    seen, real = {}, run.collect
-    run.collect = lambda *args: seen.update(batch=real(*args)) or seen["batch"]
+    seen, real = [], run.collect
+    run.collect = lambda *args: seen.append(real(*args)) or seen[-1]
     told = {name.removeprefix("ppo/eval/"): value for name, value in run.evaluate().items()}
-    return run, told, by_hand(run, batch_ids(seen["batch"]), seen["batch"]["start"].tolist())
+    assert [len(batch["end"]) for batch in seen] == [8, 4]  # no more at once than in training
+    stories = [story for batch in seen for story in batch_ids(batch)]
+    return run, told, by_hand(run, stories, torch.cat([batch["start"] for batch in seen]).tolist())
 
 
 def test_evaluation_tells_what_it_says(evaluated):
