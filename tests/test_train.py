@@ -584,13 +584,13 @@ def test_the_newest_states_are_kept_and_a_damaged_one_is_passed_over(fit, tmp_pa
     (out_dir / "last.pt").write_bytes(damaged)
     shutil.copy(out_dir / "last-00000004.pt", out_dir / "ckpt.pt")  # the best is as new: it is damaged, too
     out = fit("out", "--max_iters=12", "--init_from=resume")
-    assert f"{out_dir / 'last.pt'} is no checkpoint that can be read safely: the checksum" in out
+    assert f"{out_dir / 'last.pt'} cannot be read as a checkpoint: the checksum" in out
     assert f"from {out_dir / 'last-00000006.pt'}, iteration 6" in out
     assert same(state(out_dir)["model"], state(tmp_path / "whole")["model"])
     assert list(out_dir.glob("last-*")) == []
     for path in out_dir.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match="no checkpoint that can be read safely"):
+    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
         fit("out", "--init_from=resume")
 
 
