@@ -706,7 +706,7 @@ def sharded_reader(path: str | os.PathLike, rest: dict, rank: int = 0, world_siz
         EOFError,
         pickle.UnpicklingError,
     ) as e:
-        raise SystemExit(f"{path} is no checkpoint that can be read safely: {e}") from None
+        raise SystemExit(f"{path} cannot be read as a checkpoint: {e}; {RESTORE}") from None
     return reader
 
 

@@ -1,7 +1,7 @@
 """PPO: fine-tune a pretrained Llama towards a reward, at a price for leaving what it was.
 
     python train.py --out_dir=stories260K --init_from=resume --ppo        # all flags: python train.py --help
-    python ppo.py report stories260K                                      # pictures of what it did
+    python ppo.py report stories260K                                      # what it did, as pictures and csv
 
 An iteration rolls out responses to prompts, scores them, estimates advantages, and takes a few clipped
 policy-gradient steps (Schulman et al. 2017; for language models Ziegler et al. 2019, Stiennon et al. 2020).
@@ -10,6 +10,7 @@ Not for: training reward models, dialogue of several turns, rewards in the middl
 """
 
 import copy
+import csv
 import hashlib
 import importlib.util
 import inspect
@@ -52,6 +53,11 @@ from model import (
 ROLLOUT_ROWS = 200  # episodes decoded together on a CPU core
 CPU_PART_TOKENS = 1024  # tokens that a CPU core learns from at a time: they stay in its caches
 REPLAYED = ("tokens", "start", "end", "mask", "returns")  # what a checkpoint keeps of the critic's rollouts
+CURVE = {  # columns of report.csv, and their names in metrics.jsonl
+    "iteration": "iter",
+    **{name: f"ppo/{name}" for name in ("episodes", "reward", "mae", "kl", "J", "length", "ended")},
+    "seconds": "ppo/iteration_seconds",
+}
 EVAL_SEED = 2**40  # of the random numbers of held-out responses, the same at every evaluation
 
 # ---- configuration -----------------------------------------------------------------------------------
@@ -928,7 +934,11 @@ class PPO:
         samples = self.ppo.eval_samples
         prompts = [prompt for prompt in self.eval_prompts for _ in range(samples)]
         u = torch.rand(len(prompts), self.ppo.max_gen_len, generator=torch.Generator().manual_seed(EVAL_SEED))
-        batch = self.collect(prompts, u)
+        parts = []
+        for i in range(0, len(prompts), self.size):  # no more at once than in training: features are large
+            part = self.collect(prompts[i : i + self.size], u[i : i + self.size])
+            parts.append({k: x for k, x in part.items() if k not in ("features", "reference", "seconds")})
+        batch = join(parts)
         values = self.describe(batch)
         stories = [
             row[first:last]
@@ -1184,8 +1194,18 @@ def frontier(scores: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
     return {"best": best, "optimum": [(kl, r) for kl, r in curve if kl < math.log(rows.shape[1] / 5)]}
 
 
-def report(out_dir: str) -> str:
-    """Draw out_dir/report.png from metrics.jsonl and ppo_ckpt.pt; returns its path."""
+def write_curve(path: str, steps: list[dict]) -> None:
+    """The learning curve as csv, a row per iteration: CURVE; mae is empty where length is no reward."""
+    from tokenizer import atomic_write
+
+    with atomic_write(path, "w") as f:
+        table = csv.writer(f, lineterminator="\n")
+        table.writerow(CURVE)
+        table.writerows([step.get(name, "") for name in CURVE.values()] for step in steps)
+
+
+def report(out_dir: str) -> tuple[str, str]:
+    """Make report.csv and report.png in out_dir, from metrics.jsonl and ppo_ckpt.pt; returns their paths."""
     steps, evals = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
     states = [os.path.join(out_dir, "ppo_ckpt.pt"), *numbered(out_dir, "ppo_ckpt")]
     _, state = newest_state(list(filter(os.path.exists, states)) or states, lazily=True)
@@ -1194,6 +1214,8 @@ def report(out_dir: str) -> str:
             f"{out_dir} holds no iteration of PPO yet; run: python train.py --out_dir={out_dir} "
             "--init_from=resume --ppo"
         )
+    table, picture = (os.path.join(out_dir, name) for name in ("report.csv", "report.png"))
+    write_curve(table, steps)
     if not importlib.util.find_spec("matplotlib"):
         raise SystemExit("the report needs a package; run: pip install matplotlib")
     import matplotlib
@@ -1203,8 +1225,8 @@ def report(out_dir: str) -> str:
 
     config, before, after = state["config"], state["evaluation"]["before"], state["evaluation"]["after"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    size = steps[0]["ppo/episodes"]
-    first, episodes = steps[0]["iter"] - 1, [x["ppo/episodes"] - size for x in steps]  # before each rollout
+    size, first = steps[0]["ppo/episodes"], steps[0]["iter"] - 1
+    episodes = [x["ppo/episodes"] - size for x in steps]  # before each rollout
     held_out = [(x["iter"] - first) * size for x in evals]
 
     def curve(ax, name: str, label: str) -> None:
@@ -1216,9 +1238,8 @@ def report(out_dir: str) -> str:
     curve(axes[0, 1], "kl", "KL to the reference, nats per response")
     curve(axes[0, 2], "J", f"J = reward - {state['beta']:.3g} KL")
     if evals:
-        axes[0, 2].axhline(
-            evals[0]["ppo/eval/J_optimum"], color="tab:green", ls="--", label="optimum, estimated"
-        )
+        best = evals[0]["ppo/eval/J_optimum"]
+        axes[0, 2].axhline(best, color="tab:green", ls="--", label="optimum, estimated")
     axes[0, 2].legend()
     ax = axes[1, 0]
     curve(ax, "length", "length, tokens")
@@ -1226,12 +1247,11 @@ def report(out_dir: str) -> str:
         ax.axhline(config["target_len"], color="gray", ls=":")
     ax = axes[1, 1]
     bins = range(0, int(max(before["lengths"].max(), after["lengths"].max())) + 10, 10)
-    ax.hist(before["lengths"].tolist(), bins, alpha=0.6, color="gray", label="before")
-    ax.hist(after["lengths"].tolist(), bins, alpha=0.6, color="tab:orange", label="after")
+    for when, label, color in ((before, "before", "gray"), (after, "after", "tab:orange")):
+        ax.hist(when["lengths"].tolist(), bins, alpha=0.6, color=color, label=label)
     ax.set(xlabel="length of held-out stories, tokens", ylabel="stories")
     ax.legend()
-    ax = axes[1, 2]
-    points = frontier(before["scores"])
+    ax, points = axes[1, 2], frontier(before["scores"])
     ax.plot(*zip(*points["optimum"], strict=True), color="tab:green", ls="--", label="optimum for each beta")
     if points["best"]:
         ax.plot(*zip(*points["best"], strict=True), "s-", color="gray", label="best of n")
@@ -1242,10 +1262,9 @@ def report(out_dir: str) -> str:
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     figure.suptitle(f"PPO on {out_dir}: {state['episodes']:,} episodes, {state['seconds'] / 60:.1f} minutes")
-    path = os.path.join(out_dir, "report.png")
-    figure.savefig(path, dpi=100)
+    figure.savefig(picture, dpi=100)
     plt.close(figure)
-    return path
+    return table, picture
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1253,8 +1272,8 @@ def main(argv: list[str] | None = None) -> None:
 
     cli = CommandLine(prog="ppo.py", description=__doc__)
     stages = cli.add_subparsers(dest="stage", required=True)
-    stages.add_parser("report", help="draw OUT_DIR/report.png").add_argument("out_dir")
-    print(report(cli.parse_args(argv).out_dir))
+    stages.add_parser("report", help="write OUT_DIR/report.csv and report.png").add_argument("out_dir")
+    print(*report(cli.parse_args(argv).out_dir), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1268,12 +1268,18 @@ static void pack(Tensor *t, unsigned char flip, int from_band, int to_band) {
         const unsigned char *in = source + (size_t)row * row_bytes;
         unsigned char *out = (unsigned char *)(uintptr_t)t->values + band * band_bytes + lane * 4;
         for (size_t g = 0; g < t->groups; g++, in += group_bytes) {
-            for (size_t u = 0; u < t->units; u++, out += BAND) {
-                uint32_t four = 0;
-                if (u * 4 + 4 <= group_bytes) memcpy(&four, in + u * 4, 4);
-                else memcpy(&four, in + u * 4, group_bytes - u * 4);
+            uint32_t four;
+            for (size_t u = 0; u < group_bytes / 4; u++, out += BAND) {
+                memcpy(&four, in + u * 4, 4);
                 four ^= flip * 0x01010101u;
                 memcpy(out, &four, 4);
+            }
+            if (group_bytes % 4) {
+                four = 0;
+                memcpy(&four, in + group_bytes / 4 * 4, group_bytes % 4);
+                four ^= flip * 0x01010101u;
+                memcpy(out, &four, 4);
+                out += BAND;
             }
             if (fp32) continue;
             unsigned char *scales = (unsigned char *)(uintptr_t)t->scales;
@@ -2830,6 +2836,8 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
     for (size_t i = 0; i < cols; i++) {
         F a[4];
+        // many rows of x keep these bands for so long that the next ones can come meanwhile
+        if (C > 1) UNROLL for (int r = 0; r < R; r++) PREFETCH(values + ((R + r * apart) * cols + i) * LANES);
         UNROLL for (int r = 0; r < R; r++) a[r] = V(load)(values + ((size_t)r * apart * cols + i) * LANES);
         UNROLL for (int c = 0; c < C; c++) {
             F b = V(set1)(in[(size_t)c * x->width + i]);
@@ -2972,6 +2980,7 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const Query *quer
             }
         } else {
             for (int i = 0; i < size; i++) UNROLL for (int d = 0; d < D; d++) {
+                if (N == 1) PREFETCH(values + (size_t)(t + d * LANES) * size + (size_t)i * LANES);
                 F k = V(load)(keys + (size_t)(t + d * LANES) * size + (size_t)i * LANES);
                 UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[d][j]);
             }
@@ -3004,7 +3013,7 @@ KERNEL void V(attend)(int n, const Query *queries, const float *keys, const floa
     if (n == 4) V(attend_n)(4, 2, 4, queries, keys, values, room, size, scores);
     if (n == 3) V(attend_n)(3, 2, 4, queries, keys, values, room, size, scores);
     if (n == 2) V(attend_n)(2, 4, 8, queries, keys, values, room, size, scores);
-    if (n == 1) V(attend_n)(1, 4, 16, queries, keys, values, room, size, scores);
+    if (n == 1) V(attend_n)(1, 1, 16, queries, keys, values, room, size, scores);
 }
 
 // Whether all n are finite

@@ -791,8 +791,10 @@ def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[
         """The batches; of a split model, whose ranks compute together, as many as the rank with most has."""
         batch = next(iter(batches), None)
         while any(runtime.total(batch is not None)) if runtime.fsdp else batch:
-            shape = batches.batch_size, batches.max_seq_len
-            yield batch or (torch.full(shape, batches.bos_id), torch.full(shape, -1))
+            if batch is None:
+                shape = batches.batch_size, batches.max_seq_len
+                batch = torch.full(shape, batches.bos_id), torch.full(shape, -1)
+            yield batch
             batch = next(batches, None)
 
     model.eval()
@@ -913,7 +915,8 @@ class Pretraining:
         self.config = asdict(cfg) | {"tokenizer_sha256": meta["tokenizer_sha256"]}
         shape = cfg.batch_size, model.args.max_seq_len
         ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
-        self.batches = TokenBatches(folder, "train", *shape, seed=cfg.seed, **ranks)
+        lanes = cfg.gradient_accumulation_steps
+        self.batches = TokenBatches(folder, "train", *shape, seed=cfg.seed, lanes=lanes, **ranks)
         self.val_batches = TokenBatches(folder, "val", *shape, max_batches=cfg.eval_iters or None, **ranks)
         self.raw_model = runtime.split(model) if runtime.fsdp else model.to(runtime.device)
         self.optimizer = make_optimizer(self.raw_model, cfg, runtime.kind)

@@ -288,6 +288,8 @@ TABLE = [
             "python export.py ckpt.pt --checkpoint=out/model.bin"),
     Mistake("fine-tuning to another width", f"{NEW} --init_from=out/ckpt.pt --dim=128",
             "--dim=128 contradicts", "leave the flag out"),
+    Mistake("fine-tuning in a batch beyond the data", f"{NEW} --init_from=out/ckpt.pt --batch_size=100000",
+            "tokens to train on, fewer than a batch of 100000 x 64", r"--batch_size=\d+ or less"),
     Mistake("resume with another context", f"{RESUME} --max_seq_len=128", "--max_seq_len=128 contradicts",
             "leave the flag out"),
     Mistake("resume without its data", f"{RESUME} --data_dir=there", f"no token shards in there/tok{VOCAB}",
@@ -343,8 +345,8 @@ TABLE = [
             "shorten it", "a long prompt"),
     Mistake("groups that don't divide", f"{PPO} --batch_size=10 --group_size=3",
             "must divide the rollout's 80", "add --rollout_size=81"),
-    Mistake("rloo without groups", f"{PPO} --advantage=rloo", "rloo compares responses",
-            "add --group_size=4"),
+    Mistake("rloo without groups", f"{PPO} --advantage=rloo", "rloo compares responses", "add --group_size=4",
+            "no ckpt.pt"),
     Mistake("a typo in an advantage", f"{PPO} --advantage=gea", "'gea' is not one of", "did you mean gae"),
     Mistake("no regular expression", f"{PPO} --train_only='('", "is no regular expression", TRAIN_HELP),
     Mistake("no such parameter", f"{PPO} --train_only=w9", "matches no parameter",
@@ -535,10 +537,11 @@ def in_process(words: list[str], capfd, monkeypatch) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", words[1:])
     if words[1] == "train.py":  # nothing slow may come first
 
-        def build(args):
-            raise AssertionError("a model was built before the mistake was seen")
+        def slow(*args):
+            raise AssertionError("slow work was begun before the mistake was seen")
 
-        monkeypatch.setattr(script, "Transformer", build)
+        for name in ("Transformer", "pretrain", "train_ppo"):
+            monkeypatch.setattr(script, name, slow)
     capfd.readouterr()
     with pytest.raises(SystemExit) as e:
         script.main()

@@ -1,6 +1,7 @@
 """ppo.py: its formulas against float64 and enumeration, parts against brute force, runs with each other."""
 
 import copy
+import csv
 import itertools
 import json
 import math
@@ -1053,13 +1054,15 @@ def by_hand(run: PPO, stories: list[list[int]], starts: list[int]) -> dict[str, 
 
 @pytest.fixture
 def evaluated():
-    run = make_run(eval_samples=3)
+    run = make_run(eval_samples=3, rollout_size=8)
     run.evaluate()
     nudge(run.policy, 0.1)
-    seen, real = {}, run.collect
-    run.collect = lambda *args: seen.update(batch=real(*args)) or seen["batch"]
+    seen, real = [], run.collect
+    run.collect = lambda *args: seen.append(real(*args)) or seen[-1]
     told = {name.removeprefix("ppo/eval/"): value for name, value in run.evaluate().items()}
-    return run, told, by_hand(run, batch_ids(seen["batch"]), seen["batch"]["start"].tolist())
+    assert [len(batch["end"]) for batch in seen] == [8, 4]  # no more at once than in training
+    stories = [story for batch in seen for story in batch_ids(batch)]
+    return run, told, by_hand(run, stories, torch.cat([batch["start"] for batch in seen]).tolist())
 
 
 def test_evaluation_tells_what_it_says(evaluated):
@@ -1386,11 +1389,30 @@ def test_report_draws_and_says_what_is_missing(tune, tmp_path, capsys, monkeypat
     assert "\n" not in str(e.value)
     tune("out", "--ppo_iters=2", "--eval_interval=1")
     ppo.main(["report", str(tmp_path / "out")])
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.png")
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / f"report.{x}") for x in ("csv", "png")]
     assert (tmp_path / "out" / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     monkeypatch.setattr(ppo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         ppo.main(["report", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("reward", ["length", "keyword"])
+def test_report_tells_the_learning_curve(reward, tune, tmp_path, monkeypatch):
+    tune("out", "--ppo_iters=2", f"--reward={reward}", "--keywords=a")
+    monkeypatch.setattr(ppo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        ppo.main(["report", str(tmp_path / "out")])
+    with open(tmp_path / "out" / "report.csv", encoding="utf-8", newline="") as f:  # needs no matplotlib
+        rows = list(csv.DictReader(f))
+    assert ",".join(rows[0]) == "iteration,episodes,reward,mae,kl,J,length,ended,seconds"
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "ppo/kl" in line]
+    assert [int(row["iteration"]) for row in rows] == [PRETRAINED + 1, PRETRAINED + 2]
+    assert [float(row["seconds"]) for row in rows] == [step["ppo/iteration_seconds"] for step in steps]
+    for name in ("episodes", "reward", "kl", "J", "length", "ended"):
+        assert [float(row[name]) for row in rows] == [step[f"ppo/{name}"] for step in steps]
+    errors = [str(step["ppo/mae"]) if reward == "length" else "" for step in steps]
+    assert [row["mae"] for row in rows] == errors
 
 
 def test_dropout_is_off(tune, tmp_path):
@@ -1554,7 +1576,7 @@ def test_prompts_from_a_file(data_dir, base, tmp_path, tune):
     for text, message in [
         ("\n \n", "no prompt"),
         ("word " * 100, "context of 64"),
-        (b"\xff\xfe\xfa", "utf-8"),
+        (b"\xff\xfe\xfa", "UTF-8"),
     ]:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(SystemExit) as e:

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,7 +242,7 @@ def test_evaluation_weighs_every_token_alike():
 def test_a_run_learns_and_leaves_everything(fit, tmp_path, data_dir):
     out = fit("out", "--max_iters=30", "--eval_interval=10")
     folder, lines = tmp_path / "out", metrics(tmp_path / "out")
-    assert {"ckpt.pt", "last.pt", "model.bin", "metrics.jsonl"} == {p.name for p in folder.iterdir()}
+    assert {".lock", "ckpt.pt", "last.pt", "model.bin", "metrics.jsonl"} == {p.name for p in folder.iterdir()}
     evaluations = [line for line in lines if "loss/val" in line]
     assert [line["iter"] for line in evaluations] == [0, 10, 20, 30]
     assert [line["iter"] for line in lines if "loss/train" in line] == list(range(1, 31))
@@ -357,7 +359,7 @@ def test_fine_tuning_starts_afresh_from_the_weights(fit, tmp_path):
     base = load_checkpoint(tmp_path / "base" / "ckpt.pt")
     fit("tuned", f"--init_from={tmp_path / 'base' / 'ckpt.pt'}", "--max_iters=4")
     tuned = load_checkpoint(tmp_path / "tuned" / "last.pt")
-    assert tuned["iter_num"] == 4 and tuned["data"]["windows"] == 4 * 2 * 8
+    assert tuned["iter_num"] == 4 and tuned["data"]["windows"] == 4 * 8
     first = metrics(tmp_path / "tuned")[0]
     assert first["iter"] == 0 and first["loss/val"] == pytest.approx(
         metrics(tmp_path / "base")[-1]["loss/val"]
@@ -518,3 +520,156 @@ def test_real_weights_on_real_stories(tmp_path, monkeypatch, capsys):
     )
     out = capsys.readouterr().out
     assert abs(float(re.search(r"val loss ([\d.]+)", out)[1]) - 1.375) < 0.04
+
+
+# ---- nothing is lost ---------------------------------------------------------------------------------
+
+
+def poison(monkeypatch, when) -> None:
+    """Make the loss NaN where when(number) of a forward pass in training says so."""
+    real, calls = train.Transformer.forward, []
+
+    def forward(self, tokens, targets=None):
+        logits, loss = real(self, tokens, targets)
+        if self.training and targets is not None:
+            calls.append(0)
+            if when(len(calls)):
+                loss = loss * math.nan
+        return logits, loss
+
+    monkeypatch.setattr(train.Transformer, "forward", forward)
+
+
+ALONE = ["--batch_size=8", "--gradient_accumulation_steps=1", "--eval_interval=100"]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_is_counted(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(Runtime, "start_threads", lambda self, model: None)
+    monkeypatch.setattr(train, "CPU_PART_TOKENS", 10**9)
+    fit("three", *ALONE, "--max_iters=3", "--decay_lr=False")
+    poison(monkeypatch, lambda call: call == 4)
+    out = fit("four", *ALONE, "--max_iters=4", "--decay_lr=False")
+    assert "step 3 skipped: loss nan" in out and "(1 in a row)" in out
+    three, four = state(tmp_path / "three"), state(tmp_path / "four")
+    assert same(three["model"], four["model"]) and same(three["optimizer"], four["optimizer"])
+    assert three["skipped"] == 0 and four["skipped"] == 1 and four["iter_num"] == 4
+    assert four["data"]["windows"] == three["data"]["windows"] + 8
+    assert {"iter": 4, "skipped": 1} in metrics(tmp_path / "four")
+    assert sum("loss/train" in line for line in metrics(tmp_path / "four")) == 3
+
+
+def test_too_many_in_a_row_stop_the_run_with_its_last_good_state_saved(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CPU_PART_TOKENS", 10**9)
+    poison(monkeypatch, lambda call: call == 2 or call >= 5)
+    with pytest.raises(SystemExit, match=r"3 steps in a row .* --init_from=resume --learning_rate=0\.005"):
+        fit("bad", *ALONE, "--max_iters=50", "--max_skipped=3")
+    bad = state(tmp_path / "bad")
+    assert bad["iter_num"] == 7 and bad["skipped"] == 4
+    assert all(tensor.isfinite().all() for tensor in bad["model"].values())
+    assert all(int(s["step"]) == 3 for s in bad["optimizer"]["state"].values())
+    monkeypatch.undo()
+    fit("bad", *ALONE, "--init_from=resume", "--max_iters=9", "--learning_rate=0.005")
+    assert state(tmp_path / "bad")["iter_num"] == 9 and state(tmp_path / "bad")["skipped"] == 4
+
+
+def test_the_newest_states_are_kept_and_a_damaged_one_is_passed_over(fit, tmp_path):
+    out_dir = tmp_path / "out"
+    fit("whole", "--max_iters=12")
+    fit("out", "--max_iters=8", "--keep=3", "--eval_interval=2")
+    names = sorted(path.name for path in out_dir.glob("last*"))
+    assert names == ["last-00000004.pt", "last-00000006.pt", "last.pt"]
+    assert load_checkpoint(out_dir / "last-00000006.pt")["iter_num"] == 6
+    damaged = bytearray((out_dir / "last.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    (out_dir / "last.pt").write_bytes(damaged)
+    shutil.copy(out_dir / "last-00000004.pt", out_dir / "ckpt.pt")  # the best is as new: it is damaged, too
+    out = fit("out", "--max_iters=12", "--init_from=resume")
+    assert f"{out_dir / 'last.pt'} cannot be read as a checkpoint: the checksum" in out
+    assert f"from {out_dir / 'last-00000006.pt'}, iteration 6" in out
+    assert same(state(out_dir)["model"], state(tmp_path / "whole")["model"])
+    assert list(out_dir.glob("last-*")) == []
+    for path in out_dir.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
+        fit("out", "--init_from=resume")
+
+
+def test_no_flipped_bit_is_trained_on(fit, tmp_path, rng):
+    """Anywhere in the file: it is refused, or nothing that matters has changed."""
+    fit("out", "--max_iters=2")
+    path, whole = tmp_path / "out" / "last.pt", load_checkpoint(tmp_path / "out" / "last.pt")
+    data, refused = path.read_bytes(), 0
+    for _ in range(60):
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert same(load_checkpoint(path), whole)
+        except SystemExit as e:
+            refused += 1
+            assert "\n" not in str(e)
+    assert refused > 20
+
+
+def test_a_second_run_in_the_same_folder_is_refused(fit, tmp_path, data_dir):
+    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--max_iters=100000"]
+    first = cli(*flags, "--eval_interval=100000")
+    log = tmp_path / "out" / "metrics.jsonl"
+    while first.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    for mode in ("resume", "auto", "scratch"):
+        with pytest.raises(SystemExit, match=f"in use by process {first.pid} on .*another --out_dir"):
+            fit("out", f"--init_from={mode}", "--max_iters=3")
+    first.kill()
+    first.communicate()
+    assert "process" in (tmp_path / "out" / ".lock").read_text()  # it is still there, and in nobody's way
+    fit("out", "--init_from=auto", "--max_iters=3")
+
+
+def test_a_clock_that_goes_back_changes_nothing(fit, tmp_path, monkeypatch):
+    fit("whole", "--max_iters=8")
+    fit("back", "--max_iters=4")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 10**8)
+    for path in (tmp_path / "back").iterdir():
+        os.utime(path, (0, 0))
+    fit("back", "--init_from=resume", "--max_iters=8")
+    assert same(state(tmp_path / "back"), state(tmp_path / "whole"))
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a limit of the size of files")
+def test_a_full_disk_leaves_what_was_there(fit, tmp_path):
+    fit("out", "--max_iters=4")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails like one to a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(SystemExit, match="cannot save to .* what was saved before is whole"):
+            fit("out", "--init_from=resume", "--max_iters=8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for name in ("ckpt.pt", "last.pt", "model.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == before[name]
+    fit("out", "--init_from=resume", "--max_iters=8")
+    fit("whole", "--max_iters=8")
+    assert same(state(tmp_path / "out"), state(tmp_path / "whole"))
+
+
+def test_a_damaged_shard_ends_the_run_with_its_state_saved(fit, tmp_path, data_dir):
+    shutil.copytree(data_dir, tmp_path / "data")
+    flags = [f"--data_dir={tmp_path / 'data'}", "--eval_interval=100", "--max_iters=40"]
+    for shard in sorted((tmp_path / "data").glob(f"tok{VOCAB}/data0[12].bin")):
+        data = bytearray(shard.read_bytes())
+        data[0] ^= 1
+        shard.write_bytes(data)
+    with pytest.raises(SystemExit, match=r"data0[12]\.bin.*pretokenize"):
+        fit("out", *flags)
+
+
+def test_deterministic(fit, tmp_path):
+    for name in ("one", "two"):
+        fit(name, "--max_iters=4", "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+    assert same(state(tmp_path / "one"), state(tmp_path / "two"))
