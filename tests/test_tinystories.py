@@ -1375,7 +1375,7 @@ def test_values_of_options(value):
     number = int(value) if value.isdecimal() and len(value) < 4000 else 0
     assert parsed(ts.positive) == (number or None)
     assert parsed(ts.shard_count) == (number if 2 <= number <= 1000 else None)
-    assert parsed(ts.text) == (value or None)
+    assert parsed(ts.some_text) == (value or None)
     i, slash, n = value.partition("/")
     ok = slash and re.fullmatch("[0-9]{1,4}", i) and re.fullmatch("[0-9]{1,4}", n) and 1 <= int(i) <= int(n)
     assert parsed(ts.part) == ((int(i), int(n)) if ok else None)
