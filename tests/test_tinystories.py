@@ -1334,11 +1334,19 @@ def test_replies_without_end(tmp_path, hasty, monkeypatch):
         refuses("sends more and more", ts.fetch, url, str(tmp_path / "f"))
     assert (tmp_path / "f.part").stat().st_size < 1.2 * (1 << 20) and not (tmp_path / "f").exists()
     (tmp_path / "f.part").unlink()
-    for target in ("/x", "file:///etc/passwd", "ftp://127.0.0.1/"):
+    for target in ("/x", "file:///etc/passwd", "ftp://127.0.0.1/", "\u00e9", "http://["):
         head = f"HTTP/1.1 302 X\r\nLocation: {target}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-        with reply_with(*[head.encode()] * 40) as url:
+        with reply_with(*[head.encode("latin-1")] * 40) as url:
             refuses("check --url=URL", ts.fetch, url, str(tmp_path / "f"))
     assert not (tmp_path / "f").exists()
+    for length in ("\u00b2", "-5", "9" * 5000, ""):  # as good as none
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n"
+        with reply_with(head.encode("latin-1") + BODY) as url:
+            ts.fetch(url, str(tmp_path / "f"))
+        assert (tmp_path / "f").read_bytes() == BODY
+        (tmp_path / "f").unlink()
+    for url in ("http://" + "a" * 64 + "/", "http://[", "http://.a/", "http://a:b/", "http://\u00b2\udc80/"):
+        assert outcome(ts.fetch, url, str(tmp_path / "f")) is None
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n" + BODY
     for version, total in ((5, 50), ("v\r\nX: y", 50), ("v", "x"), ("\u0100", 50), ("", 50), ("v", True)):
         with reply_with(whole) as url:
@@ -1367,7 +1375,7 @@ def test_values_of_options(value):
     number = int(value) if value.isdecimal() and len(value) < 4000 else 0
     assert parsed(ts.positive) == (number or None)
     assert parsed(ts.shard_count) == (number if 2 <= number <= 1000 else None)
-    assert parsed(ts.text) == (value or None)
+    assert parsed(ts.some_text) == (value or None)
     i, slash, n = value.partition("/")
     ok = slash and re.fullmatch("[0-9]{1,4}", i) and re.fullmatch("[0-9]{1,4}", n) and 1 <= int(i) <= int(n)
     assert parsed(ts.part) == ((int(i), int(n)) if ok else None)
