@@ -789,13 +789,14 @@ def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[
 
     def shared() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches; of a split model, whose ranks compute together, as many as the rank with most has."""
-        batch = next(iter(batches), None)
+        rest = iter(batches)
+        batch = next(rest, None)
         while any(runtime.total(batch is not None)) if runtime.fsdp else batch:
             if batch is None:
                 shape = batches.batch_size, batches.max_seq_len
                 batch = torch.full(shape, batches.bos_id), torch.full(shape, -1)
             yield batch
-            batch = next(batches, None)
+            batch = next(rest, None)
 
     model.eval()
     nats, count = 0.0, 0
@@ -927,6 +928,7 @@ class Pretraining:
         self.loss_sum, self.loss_count = 0.0, 0  # of the training losses since the last evaluation
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
         self.skipped = self.in_a_row = 0  # steps not made, for a loss or gradient that is not finite
+        self.behind = False  # whether the newest state is not where a run looks first
         if cfg.init_from == "resume":
             self.resume(path, checkpoint)
         elif path:
@@ -956,6 +958,9 @@ class Pretraining:
             self.loss_sum, self.loss_count = map(float, checkpoint["train_loss"])
             self.skipped = checkpoint.get("skipped", 0)
             self.evaluated = True
+            # a run that was killed between two files of its last save must end with both
+            self.behind = os.path.basename(path) == "ckpt.pt"
+            self.set_lr(max(self.iter_num - 1, 0))
 
     def save(self, best: bool) -> None:
         """Write last.pt (of a split model last-ITERATION.dcp); if best, or the first, also model.bin and the
@@ -1014,11 +1019,13 @@ class Pretraining:
         if (self.iter_num or not self.cfg.max_iters) and not self.cfg.eval_only:
             self.save(best or self.cfg.always_save_checkpoint)
 
+    def set_lr(self, iter_num: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = get_lr(self.cfg, iter_num)
+
     def step(self) -> tuple[float, float]:
         """One iteration; returns its mean loss and the norm of the gradient."""
-        lr = get_lr(self.cfg, self.iter_num)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.set_lr(self.iter_num)
         parts = self.train_model, self.optimizer, self.scaler, self.batches
         before = self.batches.state_dict()
         try:
@@ -1055,6 +1062,8 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     name = torch.cuda.get_device_name(runtime.device) if runtime.kind == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0) * runtime.world_size
     bar = tqdm(total=cfg.max_iters, initial=run.iter_num, unit="it", disable=None if metrics else True)
+    if run.behind and not cfg.eval_only:
+        run.save(best=False)
     since, since_iter, shown = time.perf_counter(), run.iter_num, time.perf_counter()
     while True:
         due = run.iter_num % cfg.eval_interval == 0 or run.iter_num >= cfg.max_iters or cfg.eval_only

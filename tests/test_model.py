@@ -375,7 +375,7 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path, capsys):
             M.load_checkpoint(path)
         assert "\n" not in str(e.value), name
     torch.save({"model": Attack(), "model_args": {}}, path)
-    with pytest.raises(SystemExit, match="safely"):
+    with pytest.raises(SystemExit, match="would run code"):
         M.load_checkpoint(path)
     torch.save([1, 2], path)
     with pytest.raises(SystemExit, match="model_args"):

@@ -52,7 +52,7 @@ PPO = [
     "--eval_iters=1",
     "--eval_samples=1",
     "--critic_warmup_epochs=2",
-    "--learning_rate=1e-2",
+    "--learning_rate=1e-3",
     "--decay_lr=False",
 ]
 
@@ -193,12 +193,15 @@ def test_damage_to_a_state_in_parts_is_noticed(parts, tmp_path, rng):
     for i, name in enumerate(sorted(os.listdir(parts / "last-00000002.dcp"))):
         folder = shutil.copytree(parts / "last-00000002.dcp", tmp_path / f"{i}.dcp")
         data = bytearray((folder / name).read_bytes())
-        data[rng.randrange(len(data) // 4, len(data))] ^= 1 << rng.randrange(8)
+        if name == "rest.pt":  # a zip archive, which has bytes of no meaning
+            del data[-1000:]
+        else:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         (folder / name).write_bytes(data)
         with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
             load_checkpoint(folder)
         (folder / name).unlink()
-        with pytest.raises(SystemExit, match="no checkpoint"):
+        with pytest.raises(SystemExit, match="no checkpoint|cannot be read as a checkpoint"):
             load_checkpoint(folder)
 
 
@@ -231,13 +234,13 @@ def test_ppo_in_parts_equals_one_process(data_dir, tmp_path):
         shutil.copy(base / "ckpt.pt", tmp_path / name)
     one, other = tmp_path / "one", tmp_path / "other"
     flags = [*PPO, f"--data_dir={data_dir}"]
-    run(0, [*flags, f"--out_dir={one}", "--ppo_iters=5"])
-    run(2, [*flags, f"--out_dir={other}", "--ppo_iters=3", "--fsdp"])
+    run(0, [*flags, f"--out_dir={one}", "--ppo_iters=4"])
+    run(2, [*flags, f"--out_dir={other}", "--ppo_iters=2", "--fsdp"])
     assert not (other / "ppo_ckpt.pt").exists()
-    run(4, [*flags, f"--out_dir={other}", "--ppo_iters=4", "--fsdp"])
-    run(0, [*flags, f"--out_dir={other}", "--ppo_iters=5"])
+    run(4, [*flags, f"--out_dir={other}", "--ppo_iters=3", "--fsdp"])
+    run(0, [*flags, f"--out_dir={other}", "--ppo_iters=4"])
     for name in ("ppo/reward", "ppo/kl", "ppo/grad_norm", "ppo/eval/J"):
-        assert metrics(other, name) == pytest.approx(metrics(one, name), rel=1e-3, abs=1e-5)
+        assert metrics(other, name) == pytest.approx(metrics(one, name), rel=1e-3, abs=1e-4)
     assert_like(one, other, "ppo_ckpt.pt", 2e-5)
 
 
