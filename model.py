@@ -283,8 +283,17 @@ def join_weights(*layers: nn.Linear) -> torch.Tensor:
     return torch.cat([layer.weight for layer in layers])
 
 
+def project(x: torch.Tensor, layers: tuple[nn.Linear, ...], joined: bool, cache: KVCache | None):
+    """All layers' outputs side by side. joined: by one product, whose weights training keeps a copy of."""
+    if cache is None and not joined:
+        return torch.cat([layer(x) for layer in layers], -1)
+    return F.linear(x, cache.joined(*layers) if cache else join_weights(*layers))
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
+
+    joined = True  # False where copies of weights are too much, in models that are split over ranks
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -297,8 +306,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache: KVCache | None = None, layer: int = 0, mask=None) -> torch.Tensor:
         B, T, C = x.shape
         H, K, D = self.heads
-        join = cache.joined if cache else join_weights
-        qkv = F.linear(x, join(self.wq, self.wk, self.wv)).view(B, T, H + 2 * K, D)
+        qkv = project(x, (self.wq, self.wk, self.wv), self.joined, cache).view(B, T, H + 2 * K, D)
         q, k = apply_rope(qkv[:, :, : H + K], cos, sin).split([H, K], dim=2)
         v = qkv[:, :, H + K :]
         if cache is None:
@@ -311,6 +319,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
 
+    joined = True  # as in Attention
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
@@ -318,8 +328,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        join = cache.joined if cache else join_weights
-        gate, up = F.linear(x, join(self.w1, self.w3)).chunk(2, dim=-1)
+        gate, up = project(x, (self.w1, self.w3), self.joined, cache).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
 
 

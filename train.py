@@ -406,6 +406,7 @@ class Runtime:
         precision = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(self.kind, (self.world_size,))
         for layer in model.layers:
+            layer.attention.joined = layer.feed_forward.joined = False  # else copies of weights add up
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(model, mesh=mesh, mp_policy=precision)
         model.to_empty(device=self.device)
