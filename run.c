@@ -2836,8 +2836,8 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
     for (size_t i = 0; i < cols; i++) {
         F a[4];
-        // many rows of x keep these bands for so long that the next ones can come meanwhile
-        if (C > 1) UNROLL for (int r = 0; r < R; r++) PREFETCH(values + ((R + r * apart) * cols + i) * LANES);
+        // many rows of x keep a band of the weights' own for so long that the next one can come meanwhile
+        if (C > 1 && R == 1) PREFETCH(values + (cols + i) * LANES);
         UNROLL for (int r = 0; r < R; r++) a[r] = V(load)(values + ((size_t)r * apart * cols + i) * LANES);
         UNROLL for (int c = 0; c < C; c++) {
             F b = V(set1)(in[(size_t)c * x->width + i]);
