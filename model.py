@@ -7,6 +7,7 @@ Not for: training loops (train.py), other file formats (export.py), serving.
 """
 
 import argparse
+import glob
 import math
 import os
 import pickle
@@ -571,7 +572,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
     """
     path = Path(path)
     if path.suffix == SHARDED and path.is_dir():
-        return load_sharded(path, lazily)
+        return load_sharded(path, lazily, check)
     if not path.is_file():
         raise SystemExit(no_checkpoint(path))
     with open(path, "rb") as f:
@@ -640,16 +641,20 @@ def shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torc
 def save_sharded(path: str, tensors: dict[str, torch.Tensor], rest: dict) -> None:
     """Write what shards() gives, and plain values, as the folder `path`; all ranks call it.
 
-    It appears whole or not at all, and must not be there yet. Raises OSError or RuntimeError, as torch.save.
+    It appears whole or not at all. Raises OSError or RuntimeError, as torch.save.
     """
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
     tmp, rank = path + ".tmp", dist.get_rank()
     if rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     dist.barrier()
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp))
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp))
+    except CheckpointException as e:  # no Exception, but a BaseException
+        raise RuntimeError("; ".join(str(failure[0]) for failure in e.failures.values())) from None
     names = (f"__{rank}_", ".metadata") if rank == 0 else f"__{rank}_"
     ours = [name for name in os.listdir(tmp) if name.startswith(names)]
     sums = [None] * dist.get_world_size()
@@ -657,6 +662,8 @@ def save_sharded(path: str, tensors: dict[str, torch.Tensor], rest: dict) -> Non
     if rank == 0:
         sums = {name: crc for part in sums for name, crc in part.items()}
         save_checkpoint(os.path.join(tmp, "rest.pt"), rest | {"model": {}, "crc32": sums})
+        if os.path.exists(path):
+            discard(path)
         os.replace(tmp, path)
     dist.barrier()
 
@@ -669,8 +676,8 @@ def crc_of(path: str | os.PathLike) -> int:
     return crc
 
 
-def sharded_reader(path: str | os.PathLike, rest: dict, rank: int = 0, world_size: int = 1):
-    """A reader of a folder of save_sharded, once its files are known to be whole, each looked at by one rank.
+def sharded_reader(path: str | os.PathLike, rest: dict, check: bool = True):
+    """A reader of a folder of save_sharded. check: see first by the checksums whether its files are whole.
 
     Raises SystemExit for damage, and for an index that holds anything but an index: it is a pickle.
     """
@@ -699,8 +706,12 @@ def sharded_reader(path: str | os.PathLike, rest: dict, rank: int = 0, world_siz
                 return Index(f).load()
 
     try:
-        for i, (name, crc) in enumerate(sorted(rest["crc32"].items())):
-            if i % world_size == rank and crc_of(os.path.join(path, os.path.basename(name))) != crc:
+        if not isinstance(rest["optimizer"], dict):
+            raise TypeError("no optimizer")
+        for name, crc in rest["crc32"].items():
+            if name != os.path.basename(name):
+                raise ValueError(f"{name} is no file in it")
+            if check and crc_of(os.path.join(path, name)) != crc:
                 raise ValueError(f"the checksum of {name} is wrong")
         reader = Reader(path)
         files = {info.relative_path for info in reader.read_metadata().storage_data.values()}
@@ -719,14 +730,14 @@ def sharded_reader(path: str | os.PathLike, rest: dict, rank: int = 0, world_siz
     return reader
 
 
-def load_sharded(path: str | os.PathLike, lazily: bool = False) -> dict:
+def load_sharded(path: str | os.PathLike, lazily: bool = False, check: bool = True) -> dict:
     """The whole checkpoint of a folder of save_sharded, in one process; lazily, all but the tensors."""
     import torch.distributed.checkpoint as dcp
 
     rest = load_checkpoint(os.path.join(path, "rest.pt"))
+    reader = sharded_reader(path, rest, check)
     if lazily:
         return rest
-    reader = sharded_reader(path, rest)
     described = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(info.size, dtype=info.properties.dtype) for name, info in described.items()}
     with warnings.catch_warnings():  # that it is one process which reads is meant so
@@ -756,36 +767,44 @@ def numbered(folder: str, stem: str) -> list[str]:
 def save_state(folder: str, stem: str, checkpoint: dict, keep: int = 1, tensors: dict | None = None) -> None:
     """Write STEM.pt; or, given the tensors of a split model, STEM-ITERATION.dcp, which all ranks do together.
 
-    The states before it are STEM-ITERATION.pt or .dcp; in all, the `keep` newest are kept. At every moment
-    there is a whole one.
+    The states before it are STEM-ITERATION.pt or .dcp; in all, the `keep` newest are kept, and older ones go
+    once the new one is there.
     """
     newest, writer = os.path.join(folder, stem + ".pt"), True
     if tensors is not None:
         import torch.distributed as dist
 
         writer = dist.get_rank() == 0
-    if writer and os.path.exists(newest) and (keep > 1 or tensors is not None):
-        try:
-            number = load_checkpoint(newest, lazily=True, check=False).get("iter_num", 0)
-            os.replace(newest, os.path.join(folder, f"{stem}-{number:08d}.pt"))
-        except SystemExit:  # damaged: this run went on from another
-            os.remove(newest)
+    if writer:
+        for cut in glob.glob(os.path.join(glob.escape(folder), f"{stem}-*{SHARDED}.*")):
+            shutil.rmtree(cut)
+        if os.path.exists(newest) and (keep > 1 or tensors is not None):
+            try:
+                number = load_checkpoint(newest, lazily=True, check=False).get("iter_num", 0)
+                os.replace(newest, os.path.join(folder, f"{stem}-{number:08d}.pt"))
+            except SystemExit:  # damaged: this run went on from another
+                os.remove(newest)
     if tensors is None:
         save_checkpoint(newest, checkpoint)
     else:
-        path = os.path.join(folder, f"{stem}-{checkpoint['iter_num']:08d}{SHARDED}")
-        if not os.path.exists(path):
-            save_sharded(path, tensors, checkpoint)
+        save_sharded(
+            os.path.join(folder, f"{stem}-{checkpoint['iter_num']:08d}{SHARDED}"), tensors, checkpoint
+        )
     if writer:
-        states = numbered(folder, stem)
-        for path in states[: max(0, len(states) - (keep - (tensors is None)))]:
-            discard(path)
+        states = [(int(re.search(r"(\d+)\.\w+$", path)[1]), path) for path in numbered(folder, stem)]
+        # of more iterations: damaged, or this run would have gone on from it
+        past = [path for number, path in states if number <= checkpoint["iter_num"]]
+        kept = past[max(0, len(past) - (keep - (tensors is None))) :]
+        for _, path in states:
+            if path not in kept:
+                discard(path)
 
 
 def discard(path: str) -> None:
     if os.path.isdir(path):
-        os.replace(path, path + ".tmp")  # first: half a folder must not bear a state's name
-        shutil.rmtree(path + ".tmp")
+        shutil.rmtree(path + ".old", ignore_errors=True)
+        os.replace(path, path + ".old")  # first: half a folder must not bear a state's name
+        shutil.rmtree(path + ".old")
     else:
         os.remove(path)
 
@@ -793,15 +812,17 @@ def discard(path: str) -> None:
 def newest_state(paths: Sequence[str], lazily: bool = False) -> tuple[str, dict]:
     """Path and content of the state of the highest iteration; damaged ones are named and passed over.
 
-    Raises SystemExit if none is whole.
+    Those without moments, which go on less well, come last. Raises SystemExit if none is whole.
     """
     states, failures = [], []
     for path in paths:
         try:
-            states.append((load_checkpoint(path, lazily=True, check=False).get("iter_num", 0), path))
+            state = load_checkpoint(path, lazily=True, check=False)
+            moments = path.endswith(SHARDED) or bool((state.get("optimizer") or {}).get("state"))
+            states.append((moments, state.get("iter_num", 0), path))
         except SystemExit as e:
             failures.append(e)
-    for _, path in sorted(states, key=lambda state: -state[0]):
+    for *_, path in sorted(states, key=lambda state: (not state[0], -state[1])):
         try:
             newest = load_checkpoint(path, lazily)
         except SystemExit as e:
@@ -817,11 +838,15 @@ def fill_shards(
     path: str | os.PathLike, rest: dict, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Read a folder of save_sharded into a model and optimizer that are split, over any number of ranks."""
-    import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    reader = sharded_reader(path, rest, dist.get_rank(), dist.get_world_size())
-    dcp.load(shards(model, optimizer), storage_reader=reader)
+    reader = sharded_reader(path, rest, check=False)  # newest_state or load_checkpoint has done so
+    try:
+        dcp.load(shards(model, optimizer), storage_reader=reader)
+    except CheckpointException as e:
+        why = " ".join(str(next(iter(e.failures.values()))[0]).split())[:200]
+        raise SystemExit(f"{path} does not hold this model's state ({why}); {RESTORE}") from None
 
 
 def model_from_checkpoint(

@@ -766,11 +766,12 @@ class PPO:
             stats = runtime.reduce(params, runtime.backward(loss, parts, params))
         norm = nn.utils.clip_grad_norm_(params, self.cfg.grad_clip or math.inf)
         self.grad_norm = norm.full_tensor() if split else norm
-        if not self.grad_norm.isfinite():
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        elif not (limit and float(stats.flatten()[0]) > limit):
+        finite = bool(self.grad_norm.isfinite())
+        if finite and not (limit and float(stats.flatten()[0]) > limit):
             optimizer.step()
-            self.in_a_row = 0
+        if optimizer is self.optimizer:
+            self.in_a_row = 0 if finite else self.in_a_row + 1
+            self.skipped += not finite
         optimizer.zero_grad(set_to_none=True)
         return stats
 
@@ -1140,10 +1141,9 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
             print(progress(run, values), flush=True)
             metrics.log(run.iter_num, values)
         if run.in_a_row >= cfg.max_skipped:
-            run.save(write_model, best=False)
             raise SystemExit(
                 f"{run.in_a_row} steps in a row had a gradient that is not finite: training has diverged. "
-                "The state before them is saved; to go on from it, run the same again with "
+                "To go on from the newest saved state, run the same again with "
                 f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
             )
     if asked and not done and not cfg.eval_only:

@@ -6,9 +6,11 @@
     python train.py --out_dir=out --init_from=resume --ppo            # PPO on out/ckpt.pt (ppo.py)
     torchrun --standalone --nproc_per_node=4 train.py …               # any of it, shared by 4 processes
 
+    torchrun --standalone --nproc_per_node=8 train.py --fsdp …        # a model too large for one of them
+
 In out_dir: ckpt.pt (best validation loss so far) and its model.bin for run.c, last.pt (newest state, what
-resume takes), metrics.jsonl (a line per log step and evaluation).
-Not for: preparing data (tinystories.py), models that need to be split over several devices.
+resume takes; with --fsdp a folder, last-ITERATION.dcp), metrics.jsonl (a line per log step and evaluation).
+Not for: preparing data (tinystories.py), layers that need to be split over several devices.
 """
 
 import dataclasses
@@ -631,6 +633,19 @@ def find_state(out_dir: str, lazily: bool = False) -> tuple[str, dict]:
     return newest_state(paths, lazily)
 
 
+def launch() -> str:
+    """What the processes of one torchrun command share, also those it starts again; "" without torchrun."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    return " ".join(os.environ[name] for name in names if name in os.environ)
+
+
+def begun_by_this_launch(out_dir: str) -> bool:
+    """Whether torchrun (--max-restarts) started this process again after the run in out_dir had begun."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or not (paths := state_files(out_dir)):
+        return False
+    return newest_state(paths, lazily=True)[1].get("launch") == launch()
+
+
 def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, str, dict]:
     """Settings, network (fp32, on the CPU), path and content of the checkpoint to go on from ("", {}: none).
 
@@ -642,10 +657,8 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
     try:
         check_early(given)
         cfg = TrainConfig(**given)
-        if int(
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        ):  # torchrun --max-restarts: go on, don't begin
-            cfg.init_from = "auto" if state_files(cfg.out_dir) else cfg.init_from
+        if begun_by_this_launch(cfg.out_dir):
+            cfg.init_from = "resume"
         if cfg.init_from == "auto":
             cfg.init_from = "resume" if state_files(cfg.out_dir) else "scratch"
         elif cfg.init_from != "resume" and (there := state_files(cfg.out_dir)) and not cfg.eval_only:
@@ -977,6 +990,7 @@ class Pretraining:
             "scaler": self.scaler.state_dict(),
             "train_loss": (self.loss_sum, self.loss_count),
             "skipped": self.skipped,
+            "launch": launch(),
         }
         moments = self.optimizer.state_dict()
         if fsdp:
@@ -1056,6 +1070,25 @@ def tell_story(run: Pretraining, tokenizer) -> None:
     show(f"  > {' '.join(tokenizer.decode(ids).split())}")
 
 
+def give_up(run: Pretraining) -> None:
+    """After too many steps that could not be made: save the state, if it is any good; raises SystemExit."""
+    args, cfg = run.raw_model.args, run.cfg
+    try:
+        loss = evaluate(run.model, run.val_batches, run.runtime)["loss/val"]
+    except SystemExit:
+        loss = math.inf
+    # a step just before may have had a gradient that was finite and yet ruined the weights
+    good = loss < 1 + min(run.best_val_loss, math.log(args.vocab_size))
+    if good:
+        run.save(best=False)
+    raise SystemExit(
+        f"{run.in_a_row} steps in a row had a loss or gradient that is not finite: training has diverged. "
+        + ("The state before them is saved" if good else "The state before them is no good and was not saved")
+        + "; to go on from the newest saved one, add --init_from=resume "
+        f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
+    )
+
+
 def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     """The loop: evaluate when due, stop when asked or done, else take a step. metrics on rank 0 only."""
     cfg, runtime, interrupt = run.cfg, run.runtime, Interrupt()
@@ -1081,14 +1114,13 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
         loss, norm = run.step()
         bar.update()
         if run.in_a_row:
-            give_up = run.in_a_row >= cfg.max_skipped
             if metrics:
                 show(
                     f"step {run.iter_num - 1} skipped: loss {loss}, norm of the gradient {norm} "
                     f"({run.in_a_row} in a row)"
                 )
                 metrics.log(run.iter_num, {"skipped": run.skipped})
-            if give_up:
+            if run.in_a_row >= cfg.max_skipped:
                 break
         elif run.iter_num % cfg.log_interval == 0:
             now = time.perf_counter()
@@ -1115,12 +1147,7 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
                 bar.set_postfix({"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"} | mfu)
     bar.close()
     if run.in_a_row >= cfg.max_skipped:
-        run.save(best=False)
-        raise SystemExit(
-            f"{run.in_a_row} steps in a row had a loss or gradient that is not finite: training has "
-            "diverged. The state before them is saved; to go on from it, add --init_from=resume "
-            f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
-        )
+        give_up(run)
     if asked and run.iter_num < cfg.max_iters and not cfg.eval_only:
         run.save(best=False)
         if not metrics:
@@ -1244,6 +1271,7 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
     about["config"] |= {"vocab_source": cfg.vocab_source, "data_dir": cfg.data_dir}
     tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"), strict=True)
     prompts, held_out = prompts_for(cfg, ppo, args, checkpoint, tokenizer)
+    agree_on(runtime, state_path, state or {}, cfg.out_dir)
     run = PPO(ppo, cfg, runtime, checkpoint, tokenizer, prompts, held_out)
     if state:
         run.resume(state, state_path)
@@ -1289,10 +1317,26 @@ def leave_together(runtime: Runtime) -> None:
         dist.destroy_process_group()
 
 
-def claim(out_dir: str) -> IO | None:
-    """The lock of out_dir, which one run at a time may write to; rank 0's, if the folder is there."""
-    first = os.environ.get("RANK", "0") == "0" and os.path.isdir(out_dir)
-    return lock(out_dir, other="another --out_dir") if first else None
+def claim(out_dir: str, make: bool = False) -> IO | None:
+    """Rank 0's lock of out_dir, which one run at a time may write to; None if the folder is not there."""
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    try:
+        if make:
+            os.makedirs(out_dir, exist_ok=True)
+        return lock(out_dir, other="another --out_dir") if os.path.isdir(out_dir) else None
+    except OSError as e:
+        raise SystemExit(f"cannot write to {out_dir}: {e.strerror}; choose another --out_dir") from None
+
+
+def agree_on(runtime: Runtime, path: str, checkpoint: dict, out_dir: str) -> None:
+    """SystemExit, on all ranks, if they have not read the same state."""
+    mine = os.path.basename(path), checkpoint.get("iter_num", 0)
+    if any(runtime.total(mine != runtime.of_first(mine))):
+        raise SystemExit(
+            f"the processes see different states in {out_dir}; it must lie on a file system that all of them "
+            "share: choose another --out_dir"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1308,6 +1352,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--{next(iter(ppo_given))} is for PPO; add --ppo, or leave it out")
     cfg, model, path, checkpoint = configure(model_given, given)
     runtime = set_up(cfg)
+    agree_on(runtime, path, checkpoint, out_dir)
     run = Pretraining(cfg, model, path, checkpoint, runtime)
     metrics = tokenizer = None
     if runtime.rank == 0:
@@ -1316,8 +1361,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --max_iters",
                 file=sys.stderr,
             )
+        held = held or (None if cfg.eval_only else claim(out_dir, make=True))
         metrics = open_metrics(cfg, run.iter_num)
-        held = held or (None if cfg.eval_only else claim(out_dir))
         try:
             about = {"config": run.config, "model_args": asdict(model.args)}
             if not cfg.fsdp:  # a split model cannot tell a story on one rank

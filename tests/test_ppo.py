@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -1502,6 +1503,11 @@ def test_shards_without_bos_are_refused(tune, data_dir, tmp_path):
         ids = np.fromfile(path, "<u2")
         assert (ids == END).any()
         np.where(ids == END, 5, ids).astype("<u2").tofile(path)
+    meta_path = tmp_path / "data" / f"tok{VOCAB}" / "meta.json"
+    meta = json.loads(meta_path.read_text())
+    for shard in meta["shards"]:  # smaller than a MiB, so there is one block
+        shard["crc32"] = f"{zlib.crc32((meta_path.parent / shard['name']).read_bytes()):08x}"
+    meta_path.write_text(json.dumps(meta))
     with pytest.raises(SystemExit) as e:
         tune("out", f"--data_dir={tmp_path / 'data'}")
     assert "BOS" in one_line(e)

@@ -223,6 +223,45 @@ def test_an_index_that_runs_code_is_refused(parts, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_restarts_go_on_with_their_own_run_only(data_dir, tmp_path, monkeypatch):
+    """torchrun starts a refused command again, too: it must not take over the run that was there."""
+    flags = [*FLAGS[:-1], f"--data_dir={data_dir}", f"--out_dir={tmp_path}"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    run(0, [*flags, "--max_iters=2"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(0, [*flags, "--max_iters=4"])
+    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == 4
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    with pytest.raises(SystemExit, match="is a run already"):
+        run(0, [*flags, "--max_iters=6"])
+
+
+def test_ranks_that_see_different_states_stop(monkeypatch):
+    runtime = train.Runtime("cpu", torch.float32, False, rank=1, world_size=2)
+    monkeypatch.setattr(train.Runtime, "of_first", lambda self, value: ("last.pt", 8))
+    monkeypatch.setattr(train.Runtime, "total", lambda self, *values: list(map(float, values)))
+    train.agree_on(runtime, "out/last.pt", {"iter_num": 8}, "out")
+    for path, state in (("", {}), ("out/last.pt", {"iter_num": 4})):
+        with pytest.raises(SystemExit, match="share"):
+            train.agree_on(runtime, path, state, "out")
+
+
+def test_a_damaged_state_in_parts_is_replaced_and_whole_ones_are_kept(parts, data_dir, tmp_path):
+    """Of two states the newer is damaged: the run goes on from the older, and what it keeps is whole."""
+    out_dir = shutil.copytree(parts, tmp_path / "out")
+    flags = [*FLAGS, f"--data_dir={data_dir}", f"--out_dir={out_dir}", "--fsdp", "--keep=2"]
+    run(2, [*flags, "--max_iters=4"])
+    (out_dir / "last-00000009.dcp.tmp").mkdir()  # what a kill may leave
+    newest = out_dir / "last-00000004.dcp" / "__1_0.distcp"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    out = run(2, [*flags, "--max_iters=4"])
+    assert "passed over" in out and "from " in out and "last-00000002.dcp, iteration 2" in out
+    assert [load_checkpoint(path)["iter_num"] for path in numbered(str(out_dir), "last")] == [2, 4]
+    assert not list(out_dir.glob("*.tmp"))
+
+
 # ---- PPO -------------------------------------------------------------------------------------------------
 
 
