@@ -561,7 +561,9 @@ def as_process(words: list[str], variables: dict[str, str], folder: Path) -> tup
         "make": ["make"],
         "./run": ["./run"],
     }[words[0]]
-    env = os.environ | variables | {"OMP_NUM_THREADS": "1"}
+    # not what the make says that may have started these tests
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    env |= variables | {"OMP_NUM_THREADS": "1"}
     # the time limit only ends what would hang
     r = subprocess.run(
         [*first, *words[1:]], cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
