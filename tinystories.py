@@ -621,13 +621,15 @@ def synth_part(data_dir: str, num_stories: int, num_shards: int, seed: int, forc
         print(f"part {part} of {parts} is done; {len(missing)} of {count} shards are still to come "
               f"from other parts")
         return
-    put_together(begun, folder)
-    print(f"{folder}: {num_stories:,} stories in {count} shards")
-    print(f"next: {command('train_vocab', data_dir, 4096)}")
+    if put_together(begun, folder):
+        print(f"{folder}: {num_stories:,} stories in {count} shards")
+        print(f"next: {command('train_vocab', data_dir, 4096)}")
+    else:
+        print(f"part {part} of {parts} is done; another part is putting all together")
 
 
-def put_together(parts: str, folder: str) -> None:
-    """Make `folder` of its complete parts, unless another process does so at this moment."""
+def put_together(parts: str, folder: str) -> bool:
+    """Make `folder` of its complete parts. False: another process does so at this moment."""
     try:
         with claimed(os.path.dirname(folder), "stories-parts"):
             if os.path.isdir(parts):  # else it has been done
@@ -635,8 +637,9 @@ def put_together(parts: str, folder: str) -> None:
                     if shard_number(name) < 0:  # left over from a run that was killed
                         os.remove(os.path.join(parts, name))
                 replace_folder(parts, folder)
+        return True
     except SystemExit:
-        print("another part is putting them together")
+        return False
 
 
 # ---- the story grammar -------------------------------------------------------------------------------
