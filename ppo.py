@@ -1218,6 +1218,19 @@ def report(out_dir: str) -> tuple[str, str]:
     write_curve(table, steps)
     if not importlib.util.find_spec("matplotlib"):
         raise SystemExit("the report needs a package; run: pip install matplotlib")
+    minutes = state["seconds"] / 60
+    draw(
+        picture,
+        f"PPO on {out_dir}: {state['episodes']:,} episodes, {minutes:.1f} minutes",
+        steps,
+        evals,
+        state,
+    )
+    return table, picture
+
+
+def draw(path: str, title: str, steps: list[dict], evals: list[dict], state: dict) -> None:
+    """The report's picture: curves over episodes, lengths before and after, reward over KL."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1255,16 +1268,15 @@ def report(out_dir: str) -> tuple[str, str]:
     ax.plot(*zip(*points["optimum"], strict=True), color="tab:green", ls="--", label="optimum for each beta")
     if points["best"]:
         ax.plot(*zip(*points["best"], strict=True), "s-", color="gray", label="best of n")
-    path = [(x["ppo/eval/kl"], x["ppo/eval/reward"]) for x in evals]
-    ax.plot(*zip(*path, strict=True), "o-", color="tab:orange", label="this run")
+    reached = [(x["ppo/eval/kl"], x["ppo/eval/reward"]) for x in evals]
+    ax.plot(*zip(*reached, strict=True), "o-", color="tab:orange", label="this run")
     ax.set(xlabel="KL to the reference, nats per response", ylabel="reward")
     ax.legend()
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-    figure.suptitle(f"PPO on {out_dir}: {state['episodes']:,} episodes, {state['seconds'] / 60:.1f} minutes")
-    figure.savefig(picture, dpi=100)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
-    return table, picture
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1093,8 +1093,7 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     """The loop: evaluate when due, stop when asked or done, else take a step. metrics on rank 0 only."""
     cfg, runtime, interrupt = run.cfg, run.runtime, Interrupt()
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * run.raw_model.args.max_seq_len
-    name = torch.cuda.get_device_name(runtime.device) if runtime.kind == "cuda" else ""
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0) * runtime.world_size
+    peak = peak_flops(runtime)
     bar = tqdm(total=cfg.max_iters, initial=run.iter_num, unit="it", disable=None if metrics else True)
     if run.behind and not cfg.eval_only:
         run.save(best=False)
@@ -1126,12 +1125,8 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             now = time.perf_counter()
             speed = (run.iter_num - since_iter) * tokens_per_iter / (now - since)
             since, since_iter = now, run.iter_num
-            values = {
-                "loss/train": loss,
-                "lr": get_lr(cfg, run.iter_num - 1),
-                "grad_norm": norm,
-                "tok/s": speed,
-            }
+            lr = get_lr(cfg, run.iter_num - 1)
+            values = {"loss/train": loss, "lr": lr, "grad_norm": norm, "tok/s": speed}
             if bar.disable and metrics and now - shown > 10:  # not on a terminal: a line now and then
                 shown, left = now, (cfg.max_iters - run.iter_num) * tokens_per_iter / speed
                 print(
@@ -1150,12 +1145,21 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
         give_up(run)
     if asked and run.iter_num < cfg.max_iters and not cfg.eval_only:
         run.save(best=False)
-        if not metrics:
-            return
-        again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # the last one counts
-        if runtime.world_size > 1:
-            again = "the same torchrun command with --init_from=resume"
-        print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
+        if metrics:
+            say_stopped(run.iter_num, runtime)
+
+
+def peak_flops(runtime: Runtime) -> float:
+    """What the GPUs of all ranks can do per second in bfloat16; 0 where that is not known."""
+    name = torch.cuda.get_device_name(runtime.device) if runtime.kind == "cuda" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0) * runtime.world_size
+
+
+def say_stopped(iter_num: int, runtime: Runtime) -> None:
+    again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # the last one counts
+    if runtime.world_size > 1:
+        again = "the same torchrun command with --init_from=resume"
+    print(f"stopped after iteration {iter_num}, saved; to go on: {again}", file=sys.stderr)
 
 
 def check_lengths(ppo: PPOConfig, args: ModelArgs) -> None:
