@@ -662,9 +662,11 @@ def save_sharded(path: str, tensors: dict[str, torch.Tensor], rest: dict) -> Non
     if rank == 0:
         sums = {name: crc for part in sums for name, crc in part.items()}
         save_checkpoint(os.path.join(tmp, "rest.pt"), rest | {"model": {}, "crc32": sums})
-        if os.path.exists(path):
-            discard(path)
+        if os.path.exists(path):  # of the same iteration: deleted once the new one is there
+            shutil.rmtree(path + ".old", ignore_errors=True)
+            os.replace(path, path + ".old")
         os.replace(tmp, path)
+        shutil.rmtree(path + ".old", ignore_errors=True)
     dist.barrier()
 
 
@@ -711,7 +713,8 @@ def sharded_reader(path: str | os.PathLike, rest: dict, check: bool = True):
         for name, crc in rest["crc32"].items():
             if name != os.path.basename(name):
                 raise ValueError(f"{name} is no file in it")
-            if check and crc_of(os.path.join(path, name)) != crc:
+            # the index always: its pickle is loaded next
+            if (check or name == ".metadata") and crc_of(os.path.join(path, name)) != crc:
                 raise ValueError(f"the checksum of {name} is wrong")
         reader = Reader(path)
         files = {info.relative_path for info in reader.read_metadata().storage_data.values()}
@@ -781,7 +784,8 @@ def save_state(folder: str, stem: str, checkpoint: dict, keep: int = 1, tensors:
         if os.path.exists(newest) and (keep > 1 or tensors is not None):
             try:
                 number = load_checkpoint(newest, lazily=True, check=False).get("iter_num", 0)
-                os.replace(newest, os.path.join(folder, f"{stem}-{number:08d}.pt"))
+                if tensors is not None or number != checkpoint["iter_num"]:  # else it is replaced by its like
+                    os.replace(newest, os.path.join(folder, f"{stem}-{number:08d}.pt"))
             except SystemExit:  # damaged: this run went on from another
                 os.remove(newest)
     if tensors is None:

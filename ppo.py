@@ -97,7 +97,7 @@ class PPOConfig:
     )
     adaptive_kl: bool = opt(False, "move beta so that the KL comes to --kl_target")
     kl_target: float = opt(6.0, "nats per response, for --adaptive_kl")
-    kl_horizon: int = opt(10000, "episodes in which beta may about double or halve")
+    kl_horizon: int = opt(10000, "episodes in which beta may change by about a fifth")
     # advantages
     advantage: str = opt(
         "gae",
@@ -190,6 +190,7 @@ def reward_from_file(spec: str) -> Reward:
     if module_spec is None:
         raise SystemExit(f"--reward={spec}: {path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look theirs up there
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:  # the user's code may raise anything
@@ -463,7 +464,7 @@ def ppo_loss(
 def adapt(beta: float, kl: float, cfg: PPOConfig, episodes: int) -> float:
     """beta after so many episodes with this mean KL (Ziegler et al. 2019, sec. 2.2)."""
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2) if cfg.kl_target else 0.0
-    return beta * (1 + error * episodes / cfg.kl_horizon)
+    return beta * (1 + error * min(episodes / cfg.kl_horizon, 1))  # a huge rollout must not turn its sign
 
 
 def best_of(scores: torch.Tensor, n: int) -> float:
@@ -1020,6 +1021,9 @@ class PPO:
                 f"and --train_only cannot change during a run; move {path} away to begin anew"
             ) from None
         self.iter_num, self.first, self.best = state["iter_num"], state["first_iter"], state["best_J"]
+        aims = ("reward", "target_len", "keywords", "init_kl_coef")
+        if any(state["config"].get(name) != getattr(self.ppo, name) for name in aims):
+            self.best = -math.inf  # it was of another objective
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
         self.moments = RunningMoments(**state["moments"])
@@ -1043,14 +1047,15 @@ class PPO:
         """
         folder, runtime, state = self.cfg.out_dir, self.runtime, self.state()
         path = os.path.join(folder, "ppo_model.bin")
-        first = any(runtime.total(runtime.rank == 0 and not os.path.exists(path)))
+        kept_best = os.path.join(folder, "ppo_best.pt")
+        first = any(runtime.total(runtime.rank == 0 and not os.path.exists(kept_best)))
         try:
             if best or first:
                 weights = runtime.whole_weights(self.policy)
                 if runtime.rank == 0:
                     write_model(path, self.args, weights)
                     kept = {k: state[k] for k in ("model_args", "iter_num", "config", "best_J")}
-                    save_checkpoint(os.path.join(folder, "ppo_best.pt"), kept | {"model": weights})
+                    save_checkpoint(kept_best, kept | {"model": weights})
             if runtime.fsdp or runtime.rank == 0:
                 tensors = shards(self.policy, self.optimizer) if runtime.fsdp else None
                 save_state(folder, "ppo_ckpt", state, self.cfg.keep, tensors)

@@ -680,7 +680,8 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
         if resume:
             path, checkpoint = find_state(cfg.out_dir, cfg.fsdp)
         else:
-            path, checkpoint = cfg.init_from, load_checkpoint(cfg.init_from, cfg.fsdp)
+            path = os.path.normpath(cfg.init_from)  # a shell completes a folder's name with a slash
+            checkpoint = load_checkpoint(path, cfg.fsdp)
         free = {"dropout"} if resume else {"dropout", "max_seq_len"}  # these change no weight's shape
         changes = {k: v for k, v in model_given.items() if k in free}
         empty = cfg.fsdp and (rank > 0 or path.endswith(SHARDED))

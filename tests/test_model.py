@@ -467,3 +467,11 @@ def test_too_many_tokens_and_broken_weights():
     with torch.no_grad():
         net.norm.weight[0] = math.nan
     assert all(0 <= token < 61 for token in generate(net, [[1]], 5)[0])
+
+
+def test_a_state_saved_twice_is_kept_once(tmp_path):
+    """The second state that --keep=2 holds is the one before, not a copy."""
+    for number in (1, 2, 3, 3):
+        M.save_state(tmp_path, "last", {"iter_num": number, "model": {}, "model_args": {}}, keep=2)
+    numbers = {path.name: M.load_checkpoint(path)["iter_num"] for path in tmp_path.iterdir()}
+    assert numbers == {"last.pt": 3, "last-00000002.pt": 2}

@@ -575,6 +575,8 @@ def test_adaptive_beta_moves_both_ways():
     for kl, error in [(60.0, 0.2), (6.6, 0.1), (6.0, 0.0), (5.4, -0.1), (0.0, -0.2), (-1.0, -0.2)]:
         assert ppo.adapt(0.3, kl, cfg, 400) == pytest.approx(0.3 * (1 + error * 400 / 10000), abs=1e-12)
     assert ppo.adapt(0.3, 1.0, PPOConfig(kl_target=0.0), 400) == 0.3
+    # never below 0, however large the rollout
+    assert ppo.adapt(0.2, 1.0, PPOConfig(kl_target=6.0, kl_horizon=50), 400) == pytest.approx(0.2 * 0.8)
     run = make_run(adaptive_kl=True, kl_target=5.0, kl_horizon=100)
     run.iteration()  # the policy is still the reference: KL 0
     assert run.beta == pytest.approx(0.1 * (1 - 0.2 * 16 / 100), abs=1e-9)
@@ -1290,6 +1292,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tune, tmp_path, flags):
     for name in ("ckpt.pt", "ppo_model.bin"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert "already" in tune("parts", all_flags=["--ppo", "--init_from=resume", "--device=cpu"])
+
+
+@pytest.mark.parametrize("flags, kept", [([], True), (["--target_len=30"], False)])
+def test_the_best_stays_the_best(tune, tmp_path, flags, kept):
+    """Also when ppo_model.bin was moved away; but a best of another objective counts no more."""
+    tune("out", "--ppo_iters=2")
+    path, best = tmp_path / "out" / "ppo_ckpt.pt", tmp_path / "out" / "ppo_best.pt"
+    ppo.save_checkpoint(path, load_checkpoint(path) | {"best_J": 1e9})
+    (tmp_path / "out" / "ppo_model.bin").unlink()
+    before = best.read_bytes()
+    flags = ["--ppo", "--init_from=resume", "--ppo_iters=3", "--device=cpu", *flags]
+    tune("out", all_flags=flags)
+    assert (best.read_bytes() == before) == kept
 
 
 STOPPING = """
