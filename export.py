@@ -41,6 +41,7 @@ except ModuleNotFoundError as e:
     ) from None
 
 from model import (
+    SHARDED,
     ModelArgs,
     load_checkpoint,
     model_from_checkpoint,
@@ -311,7 +312,9 @@ def read_bin(path: str) -> tuple[ModelArgs, dict[str, torch.Tensor]]:
 
 
 def read_any(path: str) -> dict:
-    """A checkpoint dict from a .pt checkpoint or a .bin file."""
+    """A checkpoint dict from a .pt checkpoint, a folder of a split model's state, or a .bin file."""
+    if os.path.isdir(path) and path.rstrip("/").endswith(SHARDED):
+        return load_checkpoint(path)
     try:
         with open(path, "rb") as f:
             if f.read(2) == b"PK" or path.endswith(".pt"):  # torch.save writes zip archives

@@ -575,12 +575,16 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
         return load_sharded(path, lazily, check)
     if not path.is_file():
         raise SystemExit(no_checkpoint(path))
-    with open(path, "rb") as f:
-        if f.read(1) not in (b"P", b"\x80", b""):  # neither a zip archive nor a pickle
-            raise SystemExit(
-                f"{path} is no checkpoint; if it is a model for run.c, convert it: "
-                f"python export.py ckpt.pt --checkpoint={path}"
-            )
+    try:
+        with open(path, "rb") as f:
+            start = f.read(1)
+    except OSError as e:
+        raise SystemExit(f"cannot read {path}: {e.strerror}; {RESTORE}") from None
+    if start not in (b"P", b"\x80", b""):  # neither a zip archive nor a pickle
+        raise SystemExit(
+            f"{path} is no checkpoint; if it is a model for run.c, convert it: "
+            f"python export.py ckpt.pt --checkpoint={path}"
+        )
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped and check:

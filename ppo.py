@@ -1238,6 +1238,8 @@ def draw(path: str, title: str, steps: list[dict], evals: list[dict], state: dic
     """The report's picture: curves over episodes, lengths before and after, reward over KL."""
     import matplotlib
 
+    from tokenizer import atomic_write
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -1280,7 +1282,8 @@ def draw(path: str, title: str, steps: list[dict], evals: list[dict], state: dic
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as f:
+        figure.savefig(f, dpi=100, format="png")
     plt.close(figure)
 
 
@@ -1290,7 +1293,13 @@ def main(argv: list[str] | None = None) -> None:
     cli = CommandLine(prog="ppo.py", description=__doc__)
     stages = cli.add_subparsers(dest="stage", required=True)
     stages.add_parser("report", help="write OUT_DIR/report.csv and report.png").add_argument("out_dir")
-    print(*report(cli.parse_args(argv).out_dir), sep="\n")
+    args = cli.parse_args(argv)
+    try:
+        print(*report(args.out_dir), sep="\n")
+    except OSError as e:
+        raise SystemExit(
+            f"cannot report on {args.out_dir} ({e}); see to that, then run the same again"
+        ) from None
 
 
 if __name__ == "__main__":

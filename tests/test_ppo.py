@@ -1407,8 +1407,13 @@ def test_report_draws_and_says_what_is_missing(tune, tmp_path, capsys, monkeypat
     ppo.main(["report", str(tmp_path / "out")])
     assert capsys.readouterr().out.split() == [str(tmp_path / "out" / f"report.{x}") for x in ("csv", "png")]
     assert (tmp_path / "out" / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    monkeypatch.setattr(ppo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install matplotlib"):
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit, match="pip install matplotlib"):
+            ppo.main(["report", str(tmp_path / "out")])
+    (tmp_path / "out" / "report.png").unlink()
+    (tmp_path / "out" / "report.png").mkdir()
+    with pytest.raises(SystemExit, match="cannot report on .*report.png"):
         ppo.main(["report", str(tmp_path / "out")])
 
 

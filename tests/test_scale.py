@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, VOCAB
 
 import train
+from export import read_any
 from model import load_checkpoint, model_from_checkpoint, numbered
 from train import TrainConfig
 
@@ -181,6 +182,8 @@ def parts(data_dir, tmp_path_factory) -> Path:
 
 def test_a_state_in_parts_reads_whole(parts):
     state, best = load_checkpoint(parts / "last-00000002.dcp"), load_checkpoint(parts / "ckpt.pt")
+    taken = read_any(f"{parts / 'last-00000002.dcp'}/")["model"]  # export.py takes such a folder, too
+    assert all(torch.equal(taken[name], tensor) for name, tensor in state["model"].items())
     assert state["iter_num"] == best["iter_num"] == 2
     whole, exported = model_from_checkpoint(state), model_from_checkpoint(best)
     for name, p in whole.state_dict().items():
