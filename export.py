@@ -43,6 +43,7 @@ except ModuleNotFoundError as e:
 from model import (
     SHARDED,
     ModelArgs,
+    begins_checkpoint,
     load_checkpoint,
     model_from_checkpoint,
     no_checkpoint,
@@ -317,8 +318,9 @@ def read_any(path: str) -> dict:
         return load_checkpoint(path)
     try:
         with open(path, "rb") as f:
-            if f.read(2) == b"PK" or path.endswith(".pt"):  # torch.save writes zip archives
-                return load_checkpoint(path)
+            start = f.read(2)
+        if begins_checkpoint(start) and (start or path.endswith(".pt")):
+            return load_checkpoint(path)
         args, state = read_bin(path)
     except OSError as e:
         if os.path.isdir(path):

@@ -563,6 +563,14 @@ def fault(e: Exception, why: str) -> str:
     return f"it would run code ({code[1]})" if code else "it holds something else than weights"
 
 
+def begins_checkpoint(start: bytes) -> bool:
+    """Whether a file that begins so, with two bytes or fewer, may be a zip archive or a pickle of torch.save.
+
+    A model.bin v0 begins with its dim: \x80\x00 for 128.
+    """
+    return b"PK".startswith(start) or start[:1] == b"\x80" and start[1:] in b"\x02\x03\x04\x05"
+
+
 def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool = True) -> dict:
     """Read a checkpoint of train.py or of llama2.c onto the CPU; code hidden in a pickle is refused.
 
@@ -577,10 +585,10 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
         raise SystemExit(no_checkpoint(path))
     try:
         with open(path, "rb") as f:
-            start = f.read(1)
+            start = f.read(2)
     except OSError as e:
         raise SystemExit(f"cannot read {path}: {e.strerror}; {RESTORE}") from None
-    if start not in (b"P", b"\x80", b""):  # neither a zip archive nor a pickle
+    if not begins_checkpoint(start):
         raise SystemExit(
             f"{path} is no checkpoint; if it is a model for run.c, convert it: "
             f"python export.py ckpt.pt --checkpoint={path}"
@@ -666,11 +674,10 @@ def save_sharded(path: str, tensors: dict[str, torch.Tensor], rest: dict) -> Non
     if rank == 0:
         sums = {name: crc for part in sums for name, crc in part.items()}
         save_checkpoint(os.path.join(tmp, "rest.pt"), rest | {"model": {}, "crc32": sums})
-        if os.path.exists(path):  # of the same iteration: deleted once the new one is there
-            shutil.rmtree(path + ".old", ignore_errors=True)
-            os.replace(path, path + ".old")
+        old = set_aside(path) if os.path.exists(path) else None  # of the same iteration
         os.replace(tmp, path)
-        shutil.rmtree(path + ".old", ignore_errors=True)
+        if old:
+            shutil.rmtree(old)
     dist.barrier()
 
 
@@ -810,11 +817,17 @@ def save_state(folder: str, stem: str, checkpoint: dict, keep: int = 1, tensors:
 
 def discard(path: str) -> None:
     if os.path.isdir(path):
-        shutil.rmtree(path + ".old", ignore_errors=True)
-        os.replace(path, path + ".old")  # first: half a folder must not bear a state's name
-        shutil.rmtree(path + ".old")
+        shutil.rmtree(set_aside(path))  # half a folder must not bear a state's name
     else:
         os.remove(path)
+
+
+def set_aside(path: str) -> str:
+    """Rename a state's folder to what no state is called; returns that."""
+    old = path + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(path, old)
+    return old
 
 
 def newest_state(paths: Sequence[str], lazily: bool = False) -> tuple[str, dict]:
@@ -990,8 +1003,12 @@ def parse_cli(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_start(start: str) -> str:
+    from tokenizer import whole
+
     if not start.startswith("FILE:"):
-        return start
+        return whole(
+            start
+        )  # bytes of a shell's that are not UTF-8 come as surrogates, which cannot be printed
     try:
         return Path(start[5:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

@@ -218,7 +218,7 @@ class Scorer:
     def __init__(self, cfg: PPOConfig, tokenizer):
         self.tokenizer, self.parts = tokenizer, []  # (name, weight, Reward)
         for term in cfg.reward.split("+"):
-            weight, name = re.fullmatch(r"(?:([^*]*)\*)?(.*)", term.strip()).groups()
+            weight, _, name = (part.strip() for part in term.rpartition("*"))
             try:
                 if not math.isfinite(number := float(weight or 1)):
                     raise ValueError(weight)
@@ -808,7 +808,8 @@ class PPO:
                 stats = self.step(self.optimizer, params, loss, index, batch, ppo.target_kl)
                 if ppo.target_kl and float(stats[0]) > ppo.target_kl:
                     return self.summary(logged, stopped=True)
-                logged.append(torch.cat([stats.cpu(), self.grad_norm.cpu()[None]]))
+                if self.grad_norm.isfinite():  # else it was no step
+                    logged.append(torch.cat([stats.cpu(), self.grad_norm.cpu()[None]]))
         return self.summary(logged, stopped=False)
 
     def loss(self, batch: dict, advantages, scale, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1002,6 +1003,12 @@ class PPO:
                 f"{path} was trained from other weights than {self.cfg.out_dir}/ckpt.pt holds; put those "
                 f"back, or move {path} away to begin anew"
             )
+        for name in ("reward", "target_len", "keywords"):  # the optimum and the critic's replay are of those
+            if (was := state["config"].get(name)) != getattr(self.ppo, name):
+                raise SystemExit(
+                    f"{path} was trained with --{name}={was}, which cannot change during a run; give that, "
+                    f"or move {path} away to begin anew"
+                )
         try:
             if state["trained"] != self.names or (state["critic"] is None) != (self.critic is None):
                 raise ValueError("other parts are trained")
@@ -1021,9 +1028,8 @@ class PPO:
                 f"and --train_only cannot change during a run; move {path} away to begin anew"
             ) from None
         self.iter_num, self.first, self.best = state["iter_num"], state["first_iter"], state["best_J"]
-        aims = ("reward", "target_len", "keywords", "init_kl_coef")
-        if any(state["config"].get(name) != getattr(self.ppo, name) for name in aims):
-            self.best = -math.inf  # it was of another objective
+        if state["config"]["init_kl_coef"] != self.ppo.init_kl_coef:
+            self.best = -math.inf  # it was of another J
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
         self.moments = RunningMoments(**state["moments"])
@@ -1223,14 +1229,8 @@ def report(out_dir: str) -> tuple[str, str]:
     write_curve(table, steps)
     if not importlib.util.find_spec("matplotlib"):
         raise SystemExit("the report needs a package; run: pip install matplotlib")
-    minutes = state["seconds"] / 60
-    draw(
-        picture,
-        f"PPO on {out_dir}: {state['episodes']:,} episodes, {minutes:.1f} minutes",
-        steps,
-        evals,
-        state,
-    )
+    title = f"PPO on {out_dir}: {state['episodes']:,} episodes, {state['seconds'] / 60:.1f} minutes"
+    draw(picture, title, steps, evals, state)
     return table, picture
 
 

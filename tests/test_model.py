@@ -1,7 +1,9 @@
 """model.py against transformers' Llama, brute force in float64, and itself without a cache."""
 
 import math
+import os
 import pickle
+import struct
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, shared_data
 
 import model as M
+from export import read_any
 from model import ModelArgs, Transformer, generate, sample
 
 TINY = {
@@ -475,3 +478,24 @@ def test_a_state_saved_twice_is_kept_once(tmp_path):
         M.save_state(tmp_path, "last", {"iter_num": number, "model": {}, "model_args": {}}, keep=2)
     numbers = {path.name: M.load_checkpoint(path)["iter_num"] for path in tmp_path.iterdir()}
     assert numbers == {"last.pt": 3, "last-00000002.pt": 2}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that opens and cannot be read")
+def test_an_unreadable_checkpoint_is_one_line():
+    with pytest.raises(SystemExit, match="cannot read /proc/self/mem: Input/output error; put"):
+        M.load_checkpoint("/proc/self/mem")
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 384])
+def test_a_model_for_run_c_is_told_from_a_checkpoint(dim, tmp_path):
+    """Also those whose first byte, of dim, is that of a pickle or of a zip archive, and under any name."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(struct.pack("<7i", dim, 4, 1, 1, 1, 5, 8))
+    with pytest.raises(SystemExit, match="if it is a model for run.c, convert it"):
+        M.load_checkpoint(path)
+    with pytest.raises(SystemExit, match="model.pt"):
+        read_any(str(path))
+
+
+def test_a_start_of_broken_utf8_can_be_printed():
+    assert M.read_start("caf\udce9 \U0001f431") == "caf\ufffd \U0001f431"

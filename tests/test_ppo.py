@@ -195,8 +195,12 @@ def test_rewards_by_hand(tmp_path):
 
 
 def test_weighted_sum_of_rewards(tmp_path):
-    (tmp_path / "mine.py").write_text("def g(prompts, stories, tokens, ended): return map(float, ended)")
-    spec = f"length+0.5*keyword + -2*{tmp_path}/mine.py:g"
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n\n"
+        "@dataclasses.dataclass\nclass Told:\n    ended: float\n\n"  # looks its module up
+        "def g(prompts, stories, tokens, ended): return [Told(float(x)).ended for x in ended]"
+    )
+    spec = f"length+0.5 * keyword + -2*{tmp_path}/mine.py:g"
     scorer = Scorer(PPOConfig(reward=spec, keywords="dog", target_len=200), Scripted())
     assert [name for name, *_ in scorer.parts] == ["length", "keyword", "g"]
     scores = scorer([[1]] * 3, IDS, [True, False, True])
@@ -1294,9 +1298,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tune, tmp_path, flags):
     assert "already" in tune("parts", all_flags=["--ppo", "--init_from=resume", "--device=cpu"])
 
 
-@pytest.mark.parametrize("flags, kept", [([], True), (["--target_len=30"], False)])
+@pytest.mark.parametrize("flags, kept", [([], True), (["--init_kl_coef=0.01"], False)])
 def test_the_best_stays_the_best(tune, tmp_path, flags, kept):
-    """Also when ppo_model.bin was moved away; but a best of another objective counts no more."""
+    """Also when ppo_model.bin was moved away; but that of another beta counts no more."""
     tune("out", "--ppo_iters=2")
     path, best = tmp_path / "out" / "ppo_ckpt.pt", tmp_path / "out" / "ppo_best.pt"
     ppo.save_checkpoint(path, load_checkpoint(path) | {"best_J": 1e9})
@@ -1305,6 +1309,25 @@ def test_the_best_stays_the_best(tune, tmp_path, flags, kept):
     flags = ["--ppo", "--init_from=resume", "--ppo_iters=3", "--device=cpu", *flags]
     tune("out", all_flags=flags)
     assert (best.read_bytes() == before) == kept
+    with pytest.raises(SystemExit, match="--target_len=20, which cannot change"):
+        tune("out", all_flags=[*flags, "--target_len=30"])
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_trace():
+    """The step is not made, and what is logged are the means over the others."""
+    run, calls = make_run(critic_warmup=0), []
+    loss = run.loss
+
+    def poisoned(*args):
+        total, stats = loss(*args)
+        calls.append(total)
+        return (total * math.nan, stats * math.nan) if len(calls) == 1 else (total, stats)
+
+    run.loss = poisoned
+    values = run.iteration()
+    assert run.skipped == values["ppo/skipped"] == 1 and 0 < values["ppo/steps"] < len(calls)
+    assert all(math.isfinite(x) for x in values.values())
+    assert all(p.isfinite().all() for p in run.policy.parameters())
 
 
 STOPPING = """

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB
 
+import model
 import train
 from export import read_any
 from model import load_checkpoint, model_from_checkpoint, numbered
@@ -192,6 +193,33 @@ def test_a_state_in_parts_reads_whole(parts):
     assert all(s["exp_avg_sq"].any() for s in state["optimizer"]["state"].values())
 
 
+def test_a_state_in_parts_can_be_named_with_a_slash(data_dir, parts, tmp_path):
+    flags = [*FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_iters=0", "--fsdp"]
+    out = run(1, [*flags, f"--init_from={parts / 'last-00000002.dcp'}/"])  # as shells complete it
+    assert metrics(tmp_path, "loss/val") == metrics(parts, "loss/val")[-1:], out
+
+
+def test_a_state_in_parts_is_replaced_by_its_like_at_once(tmp_path, monkeypatch):
+    """Killed while the old one of the same iteration is deleted: the new one is there."""
+    path = str(tmp_path / "last-00000001.dcp")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        rest = {"iter_num": 1, "model_args": {"tie_embeddings": False}, "optimizer": {}, "config": {}}
+        model.save_sharded(path, {"model/w": torch.zeros(2)}, rest)
+
+        def killed(folder, **_):
+            if os.path.exists(folder) and not folder.endswith(".tmp"):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(model.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_sharded(path, {"model/w": torch.ones(2)}, rest)
+    finally:
+        torch.distributed.destroy_process_group()
+    (newest,) = numbered(str(tmp_path), "last")
+    assert load_checkpoint(newest)["model"]["w"].tolist() == [1, 1]
+
+
 def test_damage_to_a_state_in_parts_is_noticed(parts, tmp_path, rng):
     for i, name in enumerate(sorted(os.listdir(parts / "last-00000002.dcp"))):
         folder = shutil.copytree(parts / "last-00000002.dcp", tmp_path / f"{i}.dcp")
@@ -203,6 +231,9 @@ def test_damage_to_a_state_in_parts_is_noticed(parts, tmp_path, rng):
         (folder / name).write_bytes(data)
         with pytest.raises(SystemExit, match="cannot be read as a checkpoint"):
             load_checkpoint(folder)
+        if name == ".metadata":  # a pickle: it is not loaded unseen, also where the rest is not checked
+            with pytest.raises(SystemExit, match="the checksum of .metadata is wrong"):
+                load_checkpoint(folder, lazily=True, check=False)
         (folder / name).unlink()
         with pytest.raises(SystemExit, match="no checkpoint|cannot be read as a checkpoint"):
             load_checkpoint(folder)

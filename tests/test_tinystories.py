@@ -779,6 +779,25 @@ def part(stage, which, data_dir, *flags):
     ts.main([stage, f"--shard={which}", f"--data_dir={data_dir}", *flags])
 
 
+def test_a_part_that_meets_another_says_so(tmp_path, capsys, monkeypatch):
+    """Who finds another part putting all together does not speak as if it had."""
+    claimed = ts.claimed
+
+    def refused(data_dir, *names, **shared):
+        if names == ("stories-parts",):
+            raise SystemExit("another has it")
+        return claimed(data_dir, *names, **shared)
+
+    monkeypatch.setattr(ts, "claimed", refused)
+    for which in ("1/2", "2/2"):
+        part("synth", which, tmp_path / "d", "--num_stories=20", "--num_shards=4")
+    out = capsys.readouterr().out
+    assert "part 2 of 2 is done; another part is putting all together" in out and "next:" not in out
+    monkeypatch.undo()
+    part("synth", "2/2", tmp_path / "d", "--num_stories=20", "--num_shards=4")
+    assert "20 stories in 4 shards" in capsys.readouterr().out
+
+
 def test_pretokenize_in_parts(tok, capsys):
     args = ["pretokenize", "--vocab_size=350", "--data_dir=" + tok]
     ts.main(args)
