@@ -217,6 +217,7 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict, dict]:
             if "(default" not in text and f.default != "":
                 with_ppo = f"; with --ppo {PPO_DEFAULTS[f.name]}" if f.name in PPO_DEFAULTS else ""
                 text += f" (default: {f.default}{with_ppo})"
+            text = text.replace("%", "%%")  # argparse formats it
             group.add_argument("--" + f.name, help=text, default=dataclasses.MISSING, **how)
     given = {k: v for k, v in vars(cli.parse_args(argv)).items() if v is not dataclasses.MISSING}
     return tuple(

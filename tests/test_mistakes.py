@@ -7,6 +7,7 @@ a full disk.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -616,6 +617,23 @@ def test_the_table_is_a_table():
     names = [mistake.name for mistake in TABLE]
     assert len(names) == len(set(names)) >= 50
     assert set(SET_UPS) == {mistake.needs for mistake in TABLE} - {""}
+
+
+@pytest.mark.parametrize("script", ["tokenizer", "tinystories", "model", "ppo", "train", "export"])
+def test_help(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "9999")  # no wrapping
+    with pytest.raises(SystemExit) as e:
+        importlib.import_module(script).main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert not e.value.code and text.startswith(f"usage: {script}.py")
+    if script == "train":
+        from model import ModelArgs
+        from ppo import PPOConfig
+        from train import TrainConfig
+
+        configs = ModelArgs, TrainConfig, PPOConfig
+        for field in (field for config in configs for field in dataclasses.fields(config)):
+            assert f"--{field.name} " in text and " ".join(field.metadata["help"].split()) in text
 
 
 def test_report_without_matplotlib(world, tmp_path, monkeypatch):
