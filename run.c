@@ -64,6 +64,7 @@ enum { UNK = 0, BOS = 1, EOS = 2 };   // the ids of Llama's special tokens
 enum { LANES = 16 };                  // floats in a vector, and rows of a matrix in a band
 enum { BAND = 64 };                   // bytes of a vector: for each row of a band a float, or 4 int8
 enum { GROUP4 = 32 };                 // 4-bit values that share a scale
+enum { SMALL_MODEL = 32 << 20 };      // bytes of a file that a cache may hold: there reading is not what takes time
 enum { MANY = 64 };                   // rows of input from which on fp32 weights are worth reordering
 
 // ---------------------------------------------------------------------------------------------------------
@@ -367,14 +368,16 @@ static float f16_at(const unsigned char *p) {  // a half float, by moving its bi
 
 enum { TRIAL = 4, SHORTEST_PAUSE = 16, LONGEST_PAUSE = 1024 };  // tokens, see note_time()
 
-typedef struct {
-    int size;                // threads, the caller's included
-    int n;                   // of them that work now: all, or the caller's alone
-    bool adapt;              // whether n is chosen by what tokens take
+typedef struct {             // whether all threads or one decode a model's tokens
     bool alone;              // the way that is faster, so far
     double usual, tried;     // seconds that a token takes this way, and took the other way in a trial
     long tokens, trial;      // decoded so far; when to try the other way
     int pause;               // tokens from one trial to the next
+} Pace;
+
+typedef struct {
+    int size;                // threads, the caller's included
+    int n;                   // of them that work now: all, or the caller's alone
     atomic_uint phase;       // how often all have met
     atomic_int arrived;      // at the barrier to come
     atomic_int sleepers;
@@ -449,7 +452,7 @@ static void run_all(Pool *p, void (*work)(void *, int), void *context) {
 }
 
 static void start_pool(Pool *p, int n) {
-    *p = (Pool){.size = n, .n = n, .alone = true, .trial = TRIAL, .pause = SHORTEST_PAUSE / 2};
+    *p = (Pool){.size = n, .n = n};
     p->threads = allocate(n, 1, sizeof(pthread_t), "threads");
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
@@ -473,12 +476,14 @@ static void stop_pool(Pool *p) {
 // A token of a small model takes one thread less time than all, which have to meet; so does any model's where other
 // programs have the cores. Both ways are tried again and again, the slower one ever more seldom. The text does not
 // depend on it.
-static void choose_threads(Pool *p) {
+static Pace start_pace(bool alone) { return (Pace){.alone = alone, .trial = TRIAL, .pause = SHORTEST_PAUSE / 2}; }
+
+static int choose_threads(const Pace *p, int threads) {
     const bool alone = p->tokens >= p->trial ? !p->alone : p->alone;
-    p->n = alone ? 1 : p->size;
+    return alone ? 1 : threads;
 }
 
-static void note_time(Pool *p, double seconds) {
+static void note_time(Pace *p, double seconds) {
     const long into = p->tokens++ - p->trial;
     if (into < 0) {
         p->usual += (seconds - p->usual) / (p->usual > 0 ? 8 : 1);
@@ -549,8 +554,10 @@ static int physical_cores(void) {
 #define V(name) CONCAT(name, ISA)  // V(load) is load_avx2, when ISA is avx2
 #if defined(__GNUC__)
     #define PREFETCH(p) __builtin_prefetch(p)
+    #define PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)  // where the first cache has no room
 #else
     #define PREFETCH(p)
+    #define PREFETCH_L2(p)
 #endif
 #ifdef SMALL  // compiles in a tenth of the time, runs slowly: for debugging
     #define INLINE static inline
@@ -937,6 +944,7 @@ typedef struct {
     RunState state;
     const Kernels *kernels;
     Pool *pool;
+    Pace pace;
     void *packed;        // the weights as matmul reads them, where the file has them otherwise
     const Row *rows;     // what forward() feeds: n_rows of them,
     int n_rows;
@@ -1248,6 +1256,7 @@ static void load_model(Model *m, const char *path, const Kernels *kernels) {
     if (f.at < m->file.size) {
         die(path, "damaged: %zu bytes, but its header describes only %zu" REMAKE, m->file.size, f.at);
     }
+    m->pace = start_pace(m->file.size <= SMALL_MODEL);
 }
 
 // Matrices are read by bands of LANES rows: vector after vector, each with 4 bytes of every row (a float, or 4
@@ -1258,64 +1267,61 @@ static void load_model(Model *m, const char *path, const Kernels *kernels) {
     #define PACKED_FP32 (128 << 20)  // bytes of a model file
 #endif
 
-static void pack(Tensor *t, unsigned char flip, int from_band, int to_band) {
+// Copies a row (groups of `group` values, cols in all for fp32) and its scales (groups,) into its band.
+static void pack_row(Tensor *t, int row, const unsigned char *in, const unsigned char *scale, unsigned char flip) {
     const bool fp32 = t->bits == 32;
-    const unsigned char *source = fp32 ? (const unsigned char *)t->f : t->q;
-    const size_t row_bytes = (size_t)t->cols * (fp32 ? 4 : 1), group_bytes = fp32 ? row_bytes : (size_t)t->group;
-    const size_t band_bytes = t->groups * t->units * BAND;
-    for (int row = from_band * LANES; row < to_band * LANES && row < t->rows; row++) {
-        const size_t band = (size_t)row / LANES, lane = (size_t)row % LANES;
-        const unsigned char *in = source + (size_t)row * row_bytes;
-        unsigned char *out = (unsigned char *)(uintptr_t)t->values + band * band_bytes + lane * 4;
-        for (size_t g = 0; g < t->groups; g++, in += group_bytes) {
-            uint32_t four;
-            for (size_t u = 0; u < group_bytes / 4; u++, out += BAND) {
-                memcpy(&four, in + u * 4, 4);
-                four ^= flip * 0x01010101u;
-                memcpy(out, &four, 4);
-            }
-            if (group_bytes % 4) {
-                four = 0;
-                memcpy(&four, in + group_bytes / 4 * 4, group_bytes % 4);
-                four ^= flip * 0x01010101u;
-                memcpy(out, &four, 4);
-                out += BAND;
-            }
-            if (fp32) continue;
-            unsigned char *scales = (unsigned char *)(uintptr_t)t->scales;
-            memcpy(scales + ((band * t->groups + g) * LANES + lane) * 4, t->scale + ((size_t)row * t->groups + g) * 4, 4);
+    const size_t group_bytes = fp32 ? (size_t)t->cols * sizeof(float) : (size_t)t->group;
+    const size_t at = (size_t)row / LANES * t->groups, lane = (size_t)row % LANES;
+    unsigned char *out = (unsigned char *)(uintptr_t)t->values + at * t->units * BAND + lane * 4;
+    unsigned char *scales = (unsigned char *)(uintptr_t)t->scales + (at * LANES + lane) * 4;
+    for (size_t g = 0; g < t->groups; g++, in += group_bytes) {
+        uint32_t four;
+        for (size_t u = 0; u < group_bytes / 4; u++, out += BAND) {
+            memcpy(&four, in + u * 4, 4);
+            four ^= flip * 0x01010101u;
+            memcpy(out, &four, 4);
         }
+        if (group_bytes % 4) {
+            four = 0;
+            memcpy(&four, in + group_bytes / 4 * 4, group_bytes % 4);
+            four ^= flip * 0x01010101u;
+            memcpy(out, &four, 4);
+            out += BAND;
+        }
+        if (!fp32) memcpy(scales + g * LANES * 4, scale + g * 4, 4);
     }
 }
 
-// Calls visit for each matrix that needs packing.
-static void each_matrix(Model *m, void (*visit)(Model *m, Tensor *t, void *context), void *context) {
-    Weights *w = &m->weights;
-    for (int l = 0; l < m->config.n_layers; l++) {
-        Layer *y = &w->layers[l];
-        Tensor *all[] = {&y->wq, &y->wk, &y->wv, &y->wo, &y->w1, &y->w3, &y->w2};
-        for (size_t i = 0; i < sizeof all / sizeof *all; i++) visit(m, all[i], context);
-    }
-    visit(m, &w->wcls, context);
+static int matrices(const Config *c) { return 7 * c->n_layers + 1; }
+
+// The i-th of the matrices that matmul reads
+static Tensor *matrix(const Weights *w, const Config *c, int i) {
+    Layer *y = &w->layers[i / 7 < c->n_layers ? i / 7 : 0];
+    Tensor *all[] = {&y->wq, &y->wk, &y->wv, &y->wo, &y->w1, &y->w3, &y->w2};
+    return i == 7 * c->n_layers ? (Tensor *)(uintptr_t)&w->wcls : all[i % 7];
 }
 
-static void add_size(Model *m, Tensor *t, void *context) {
-    size_t *bytes = context;
-    (void)m;
-    if (t->bits == 32) {
-        t->groups = 1;
-        t->units = (size_t)t->cols;
+// Room for the bands of all matrices
+static void allocate_bands(Model *m) {
+    size_t at = 0;
+    for (int pass = 0; pass < 2; pass++, at = 0) {
+        for (int i = 0; i < matrices(&m->config); i++) {
+            Tensor *t = matrix(&m->weights, &m->config, i);
+            if (t->bits == 32) {
+                t->groups = 1;
+                t->units = (size_t)t->cols;
+            }
+            const size_t groups = round_up((size_t)t->rows, LANES) / LANES * t->groups;
+            const size_t values = groups * t->units * BAND / (t->bits == 4 ? 2 : 1);
+            const size_t scales = round_up(groups * BAND / (t->bits == 4 ? 2 : 1), BAND);
+            if (pass == 1) {
+                t->values = (unsigned char *)m->packed + at;
+                t->scales = t->values + values;
+            }
+            at += values + scales;
+        }
+        if (pass == 0) m->packed = allocate(at, 1, 1, "the weights");
     }
-    *bytes += round_up((size_t)t->rows, LANES) / LANES * t->groups * (t->units + 1) * BAND;
-}
-
-static void set_place(Model *m, Tensor *t, void *context) {
-    unsigned char **at = context;
-    const size_t groups = round_up((size_t)t->rows, LANES) / LANES * t->groups;
-    (void)m;
-    t->values = *at;
-    t->scales = *at + groups * t->units * BAND;
-    *at += groups * (t->units + 1) * BAND;
 }
 
 // Gives back the memory of a part of a mapped file that has been read; it is still there to be read again.
@@ -1329,27 +1335,27 @@ static void give_back(const File *file, const unsigned char *from, const unsigne
 #endif
 }
 
-static void pack_share(Model *m, Tensor *t, void *context) {
-    int from, to;
-    share(t->rows, LANES, *(int *)context, m->pool->n, &from, &to);
-    pack(t, t->bits == 32 ? 0 : m->kernels->flip, from / LANES, (to + LANES - 1) / LANES);
-    const size_t row_bytes = (size_t)t->cols * (t->bits == 32 ? sizeof(float) : 1);
-    const unsigned char *read = t->bits == 32 ? (const unsigned char *)t->f : t->q;
-    give_back(&m->file, read + (size_t)from * row_bytes, read + (size_t)to * row_bytes);
-}
-
-static void pack_thread(void *context, int thread) {
-    each_matrix(context, pack_share, &thread);
+static void pack_share(void *context, int thread) {
+    Model *m = context;
+    for (int i = 0; i < matrices(&m->config); i++) {
+        Tensor *t = matrix(&m->weights, &m->config, i);
+        const bool fp32 = t->bits == 32;
+        const unsigned char *source = fp32 ? (const unsigned char *)t->f : t->q;
+        const size_t row_bytes = (size_t)t->cols * (fp32 ? sizeof(float) : 1), scale_bytes = fp32 ? 0 : t->groups * 4;
+        int from, to;
+        share(t->rows, LANES, thread, m->pool->n, &from, &to);
+        for (int r = from; r < to; r++) {
+            pack_row(t, r, source + (size_t)r * row_bytes, fp32 ? NULL : t->scale + (size_t)r * scale_bytes,
+                     fp32 ? 0 : m->kernels->flip);
+        }
+        give_back(&m->file, source + (size_t)from * row_bytes, source + (size_t)to * row_bytes);
+    }
 }
 
 static void pack_model(Model *m) {
-    size_t bytes = 0;
     if (m->config.bits == 4 || (m->config.bits == 32 && m->file.size > (size_t)PACKED_FP32)) return;
-    each_matrix(m, add_size, &bytes);
-    m->packed = allocate(bytes, 1, 1, "the weights");
-    unsigned char *at = m->packed;
-    each_matrix(m, set_place, &at);
-    run_all(m->pool, pack_thread, m);
+    allocate_bands(m);
+    run_all(m->pool, pack_share, m);
 }
 
 static void free_model(Model *m) {
@@ -1365,9 +1371,10 @@ static void free_model(Model *m) {
 static void copy_row(float *restrict out, const Tensor *w, int row) {
     const size_t at = (size_t)row, cols = (size_t)w->cols;
     if (w->bits == 32) memcpy(out, w->f + at * cols, cols * sizeof(float));
-    for (size_t i = 0; w->bits == 8 && i < cols; i++) {
-        float scale = f32_at(w->scale + (at * w->groups + i / (size_t)w->group) * sizeof(float));
-        out[i] = (float)(int8_t)w->q[at * cols + i] * scale;
+    for (size_t g = 0; w->bits == 8 && g < w->groups; g++) {
+        const float scale = f32_at(w->scale + (at * w->groups + g) * sizeof(float));
+        const int8_t *q = (const int8_t *)w->q + at * cols + g * (size_t)w->group;
+        for (int i = 0; i < w->group; i++) *out++ = (float)q[i] * scale;  // groups of int8 divide the columns
     }
     for (size_t i = 0; w->bits == 4 && i < cols; i++) {
         // a vector holds 4 columns in the lower halves of its bytes, and the next 4 in the upper ones
@@ -1527,9 +1534,9 @@ static void forward_share(void *context, int thread) {
     multiply(m, thread, &m->weights.wcls, input, n, s->logits, s->vocab_width, from, to);
 }
 
-// Feeds n tokens. Those from first_logits on have logits (vocab_size,) for the token that follows: returns the
-// first one's, s->vocab_width before the next one's; NULL when first_logits is n.
-static float *forward(Model *m, const Row *rows, int n, int first_logits) {
+// Feeds n tokens. Those from first_logits on have logits (vocab_size,) for the token that follows, in
+// state.logits, each s->vocab_width before the next one's.
+static void feed(Model *m, const Row *rows, int n, int first_logits) {
     RunState *s = &m->state;
     int positions = s->room;
     for (int b = 0; b < n; b++) {
@@ -1541,21 +1548,28 @@ static float *forward(Model *m, const Row *rows, int n, int first_logits) {
     m->n_rows = n;
     m->first_logits = first_logits;
     Pool *pool = m->pool;
-    const bool adapt = n == 1 && pool->adapt;
+    const bool adapt = n == 1 && pool->size > 1;
     const double start = adapt ? now() : 0;
-    pool->n = pool->size;
-    if (adapt) choose_threads(pool);
+    pool->n = adapt ? choose_threads(&m->pace, pool->size) : pool->size;
     run_all(pool, forward_share, m);
-    if (adapt) note_time(pool, now() - start);
+    if (adapt) note_time(&m->pace, now() - start);
     pool->n = pool->size;
+}
+
+static void check_logits(const Model *m, const float *logits, int pos) {
+    if (m->kernels->finite(logits, m->config.vocab_size)) return;
+    int i = 0;
+    while (fabsf(logits[i]) <= FLT_MAX) i++;
+    die(m->path, "the model computes %f for token %d at position %d: its weights are damaged", (double)logits[i], i, pos);
+}
+
+// The same; returns the first one's logits, all checked, and NULL when first_logits is n.
+static float *forward(Model *m, const Row *rows, int n, int first_logits) {
+    const RunState *s = &m->state;
+    feed(m, rows, n, first_logits);
     if (first_logits == n) return NULL;
-    for (int b = 0; b < n - first_logits; b++) {
-        const float *logits = s->logits + (size_t)b * s->vocab_width;
-        if (m->kernels->finite(logits, m->config.vocab_size)) continue;
-        int i = 0;
-        while (fabsf(logits[i]) <= FLT_MAX) i++;
-        die(m->path, "the model computes %f for token %d at position %d: its weights are damaged",
-            (double)logits[i], i, rows[first_logits + b].pos);
+    for (int b = first_logits; b < n; b++) {
+        check_logits(m, s->logits + (size_t)(b - first_logits) * s->vocab_width, rows[b].pos);
     }
     return s->logits;
 }
@@ -1574,6 +1588,103 @@ static float *prefill(Model *m, Memory *memory, const int *ids, int n, int pos) 
     }
     return logits;
 }
+
+// ---------------------------------------------------------------------------------------------------------
+// Draft: a coarser copy of the weights, which memory gives up several times faster. It guesses some tokens ahead,
+// and the model itself then reads its weights once to judge them all: self-speculative decoding (Leviathan et al.
+// 2023). What is told does not depend on it, as the model's own choice is what counts at every token.
+
+enum { MAX_DRAFT = 15 };             // tokens ahead
+enum { DRAFT_GROUP = 32 };           // values that share a scale
+enum { SHORT_STORY = 32 };           // tokens to come for which the copy is not worth its making
+
+typedef struct {
+    const Model *of;
+    Model model;                     // the same with coarser matrices
+    int most;                        // tokens ahead, at most; 0: there is no copy
+    double agreement;                // share of the guesses that were right, lately
+    double guess, token, extra;      // seconds: of a guess, of a token without, that one with a guess to judge adds
+    long rounds, guesses, right;
+} Draft;
+
+// Rounds this thread's rows of each matrix to int8.
+static void draft_share(void *context, int thread) {
+    Draft *d = context;
+    const Model *m = &d->model;
+    const Config *c = &m->config;
+    Activation rounded = activation(c, 1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
+    for (int i = 0; i < matrices(c); i++) {
+        const float *in = matrix(&d->of->weights, c, i)->f;
+        Tensor *t = matrix(&m->weights, c, i);
+        int from, to;
+        share(t->rows, LANES, thread, m->pool->n, &from, &to);
+        for (int r = from; r < to; r++) {
+            Activation row = rounded;
+            row.f = (float *)(uintptr_t)(in + (size_t)r * (size_t)t->cols);
+            m->kernels->quantize(&row, 0, t->cols, t->group, 8);
+            pack_row(t, r, (unsigned char *)row.q, (unsigned char *)row.scale, m->kernels->flip);
+        }
+    }
+    free_activation(&rounded);
+}
+
+// Whether a copy of these weights may save time: of fp32 ones that are too large for a cache, where there is memory
+static bool drafts_pay(const Model *m) {
+#if defined(_SC_PHYS_PAGES) && !defined(_WIN32)
+    if ((double)m->file.size > (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / 2) return false;
+#endif
+    return m->config.bits == 32 && m->file.size > SMALL_MODEL;
+}
+
+static void make_draft(Draft *d, const Model *m, int most) {
+    *d = (Draft){.of = m, .model = *m, .agreement = 0.8};
+    Model *copy = &d->model;
+    Config *c = &copy->config;
+    copy->state = (RunState){0};
+    copy->pace = start_pace(false);
+    c->bits = 8;
+    c->group_size = DRAFT_GROUP;
+    copy->weights.layers = allocate(c->n_layers, 1, sizeof(Layer), "the draft");
+    memcpy(copy->weights.layers, m->weights.layers, (size_t)c->n_layers * sizeof(Layer));
+    for (int i = 0; i < matrices(c); i++) {
+        Tensor *t = matrix(&copy->weights, c, i);
+        t->bits = c->bits;
+        t->group = c->group_size;
+        t->groups = ((size_t)t->cols + DRAFT_GROUP - 1) / DRAFT_GROUP;
+        t->units = DRAFT_GROUP / 4;
+    }
+    allocate_bands(copy);
+    run_all(copy->pool, draft_share, d);
+    d->most = most;
+}
+
+static void free_draft(Draft *d) {
+    if (d->most == 0) return;
+    free(d->model.packed);
+    free(d->model.weights.layers);
+    free_state(&d->model.state, d->model.pool->size);
+}
+
+// How many tokens to guess ahead, at most so many, for the most tokens a second. Of n guesses, each right with
+// probability a, 1 + a + ... + a^n tokens come. Now and then the other way is tried.
+static int choose_draft(Draft *d, int most) {
+    enum { TRY = 32, FEW = 2 };
+    double tokens = 1, power = 1, best = 0;
+    int n = 0;
+    for (int i = 0; i <= most; i++) {
+        const double rate = tokens / (d->token + i * (d->guess + d->extra));
+        if (rate > best) {
+            best = rate;
+            n = i;
+        }
+        power *= d->agreement;
+        tokens += power;
+    }
+    if (++d->rounds % TRY == 0) n = n ? 0 : most < FEW ? most : FEW;
+    return n;
+}
+
+static void average(double *mean, double x) { *mean += (x - *mean) * (*mean > 0 ? 0.125 : 1); }
 
 // ---------------------------------------------------------------------------------------------------------
 // Tokenizer: sentencepiece BPE from tokN.bin, with the same ids for every input
@@ -2011,6 +2122,8 @@ typedef struct {
     Tokenizer tokenizer;
     Sampler sampler;
     Candidate *candidates;  // (threads, 2, vocab_size)
+    Draft draft;
+    int draft_size;         // tokens to guess ahead, at most; -1: as many as pay
     int limit;              // positions that may be used
     bool flush_each;        // stdout is a terminal: show each token at once
     bool stats;             // print what was measured as JSON
@@ -2063,10 +2176,10 @@ static void print_stats(const Session *s, const Stats *t) {
     fprintf(stderr, "{\"threads\": %d, \"kernels\": \"%s\", \"stories\": %d, \"load_seconds\": %.6f, "
             "\"prompt_tokens\": %ld, \"prompt_seconds\": %.6f, \"prompt_tok_s\": %.1f, "
             "\"first_token_seconds\": %.6f, \"decoded_tokens\": %ld, \"decode_seconds\": %.6f, "
-            "\"decode_tok_s\": %.1f, \"memory_bytes\": %.0f}\n",
+            "\"decode_tok_s\": %.1f, \"guessed_tokens\": %ld, \"guessed_right\": %ld, \"memory_bytes\": %.0f}\n",
             s->model.pool->size, s->model.kernels->name, t->stories, t->load, t->prompt_tokens, t->prompt,
             per_second(t->prompt_tokens, t->prompt), t->first, t->decoded, t->decode,
-            per_second(t->decoded, t->decode), peak_memory());
+            per_second(t->decoded, t->decode), s->draft.guesses, s->draft.right, peak_memory());
 }
 
 // Refuses tokens that the model does not have.
@@ -2159,6 +2272,52 @@ static bool take_token(Session *s, Story *story) {
     return story->pos < s->limit;
 }
 
+// Makes the draft of a story that goes on from position pos, if one is wanted.
+static void prepare_draft(Session *s, int pos) {
+    const bool pays = s->limit - pos > SHORT_STORY && drafts_pay(&s->model);
+    const int most = s->draft_size >= 0 ? s->draft_size : pays ? MAX_DRAFT : 0;
+    if (most > 0 && s->model.config.bits == 32 && s->draft.most == 0) make_draft(&s->draft, &s->model, most);
+}
+
+// Chooses one or more tokens of a story, the last of which is story->next: as many as the draft guessed, and one.
+static void tell_on(Session *s, Story *story) {
+    Model *m = &s->model;
+    Draft *d = &s->draft;
+    Row rows[MAX_DRAFT + 1];
+    const int left = s->limit - 1 - story->pos, most = d->most < left ? d->most : left;
+    const int wanted = most > 0 && d->token > 0 ? choose_draft(d, most) : 0;
+    uint64_t rng = story->rng;  // the guesses see the same random numbers, which makes them agree more often
+    int guesses = 0, right = 0;
+    double start = now();
+    rows[0] = (Row){story->prev, story->pos, &story->memory};
+    while (guesses < wanted) {
+        feed(&d->model, &rows[guesses], 1, 0);
+        if (!m->kernels->finite(d->model.state.logits, s->sampler.n)) break;
+        const int id = sample(&s->sampler, d->model.state.logits, &rng, s->candidates);
+        if (ends(id)) break;
+        guesses++;
+        rows[guesses] = (Row){id, story->pos + guesses, &story->memory};
+    }
+    double guessed = now();
+    feed(m, rows, guesses + 1, 0);
+    double judged = now() - guessed;
+    for (;; right++) {
+        float *logits = m->state.logits + (size_t)right * m->state.vocab_width;
+        check_logits(m, logits, story->pos++);
+        story->next = sample(&s->sampler, logits, &story->rng, s->candidates);
+        if (right == guesses || story->next != rows[right + 1].token) break;
+        take_token(s, story);
+    }
+    if (guesses == 0) average(&d->token, judged);
+    else {
+        average(&d->guess, (guessed - start) / guesses);
+        average(&d->extra, fmax(judged - d->token, 0) / guesses);
+        for (int i = 0; i <= right && i < guesses; i++) d->agreement += ((i < right) - d->agreement) / 32;
+    }
+    d->guesses += guesses;
+    d->right += right;
+}
+
 // Tells `count` stories that begin with the prompt, as many at once as there is room for, with the seeds seed,
 // seed + 1, ... Each is the story it would be alone, and they are printed in order.
 static void generate(Session *s, const Text *prompt, int count, uint64_t seed, Stats *stats) {
@@ -2200,10 +2359,16 @@ static void generate(Session *s, const Text *prompt, int count, uint64_t seed, S
             if (begun < count) continue;
             break;
         }
-        for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->memory};
-        forward(m, rows, n, 0);
-        sample_all(s, active, n);
-        stats->decoded += n;
+        if (count == 1) {
+            if (stories[0].pos == fed) prepare_draft(s, fed);
+            tell_on(s, &stories[0]);
+            stats->decoded = stories[0].pos - fed;
+        } else {
+            for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->memory};
+            forward(m, rows, n, 0);
+            sample_all(s, active, n);
+            stats->decoded += n;
+        }
         int left = 0;
         for (int i = 0; i < n; i++) {
             if (take_token(s, active[i])) {
@@ -2280,11 +2445,10 @@ static void answer(Session *s, Story *chat, const Tokens *t) {
     prefill(m, &chat->memory, t->ids, t->n, chat->pos);
     chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
     chat->pos += t->n;
+    if (chat->pos < s->limit) prepare_draft(s, chat->pos);
     while (take_token(s, chat)) {
         print_text(s, &chat->text);
-        Row row = {chat->prev, chat->pos++, &chat->memory};
-        forward(m, &row, 1, 0);
-        chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
+        tell_on(s, chat);
     }
     if (chat->pos < s->limit && !s->plain) {  // the template closes every answer
         Row row = {EOS, chat->pos++, &chat->memory};
@@ -2434,6 +2598,8 @@ static const char usage[] =
     "  --template NAME       llama2 (default), or plain for a model trained with none\n"
     "  -b, --batch N         tell N stories at once, with the seeds -s, -s + 1, ...\n"
     "  -j, --threads N       at most, default as many as there are cores; one while that is faster\n"
+    "  --draft N             guess up to N tokens ahead with a coarse copy of fp32 weights, which tells the same\n"
+    "                        story sooner where a model is larger than the caches: default 15 there, else 0: off\n"
     "  -h, --help            this text\n"
     "  --version             the version, and the instruction sets this program can use here\n"
     "\n"
@@ -2452,7 +2618,7 @@ typedef struct {
     const Kernels *kernels;
     float temperature, topp;
     uint64_t seed;
-    int steps, topk, stories, threads;
+    int steps, topk, stories, threads, draft;
     bool chat, plain, tokens, logits, stats;
 } Options;
 
@@ -2486,6 +2652,7 @@ static void set_option(Options *o, char key, const char *flag, const char *value
         case 'f': o->file = value; break;
         case 'k': o->topk = (int)parse_integer(flag, value, INT_MAX); break;
         case 'b': o->stories = (int)parse_integer(flag, value, 1 << 20); break;
+        case 'D': o->draft = (int)parse_integer(flag, value, MAX_DRAFT); break;
         case 'j': o->threads = (int)parse_integer(flag, value, 1024); break;
         case 'z': o->tokenizer = value; break;
         case 'y': o->system = value; break;
@@ -2524,10 +2691,10 @@ static Options parse_options(int argc, char **argv) {
         {'f', true, "--file"}, {'k', true, "--top-k"}, {'b', true, "--batch"}, {'j', true, "--threads"},
         {'h', false, "--help"}, {'T', false, "--tokens"}, {'L', false, "--logits"}, {'S', false, "--stats"},
         {'K', true, "--kernels"}, {'V', false, "--version"}, {'M', true, "--template"},
-        {'P', true, "--perplexity"},
+        {'P', true, "--perplexity"}, {'D', true, "--draft"},
     };
     const size_t n_known = sizeof known / sizeof *known;
-    Options o = {.temperature = 1.0f, .topp = 0.9f, .steps = 256, .stories = 1};
+    Options o = {.temperature = 1.0f, .topp = 0.9f, .steps = 256, .stories = 1, .draft = -1};
     for (int a = 1; a < argc; a++) {
         const char *arg = argv[a];
         if (arg[0] != '-') {
@@ -2596,11 +2763,10 @@ int main(int argc, char **argv) {
 #endif
     program_start = now();
     Options o = parse_options(argc, argv);
-    Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats, .plain = o.plain};
+    Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats, .plain = o.plain, .draft_size = o.draft};
     Pool pool;
     load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
     start_pool(&pool, o.threads ? o.threads : physical_cores());
-    pool.adapt = pool.size > 1;
     s.model.pool = &pool;
     if (!o.tokens) pack_model(&s.model);
     load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer());
@@ -2628,6 +2794,7 @@ int main(int argc, char **argv) {
         free(prompt.data);
     }
     free(s.candidates);
+    free_draft(&s.draft);
     free_tokenizer(&s.tokenizer);
     free_model(&s.model);
     stop_pool(&pool);
@@ -2755,7 +2922,10 @@ HELPER void V(tile_f32)(const int R, const int C, const float *w, size_t apart, 
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
     int i = 0;
     for (; i + LANES <= cols; i += LANES) {
-        UNROLL for (int r = 0; r < R; r++) a[r] = V(load)(w + (size_t)r * apart + i);
+        UNROLL for (int r = 0; r < R; r++) {
+            a[r] = V(load)(w + (size_t)r * apart + i);
+            if (C > 2) PREFETCH_L2(w + (size_t)r * apart + (size_t)(cols + i));  // the next row
+        }
         UNROLL for (int c = 0; c < C; c++) {
             F b = V(load)(x + (size_t)c * ldx + i);
             UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
@@ -2799,10 +2969,10 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
         const size_t step = bits == 4 ? 2 : 1;  // units in a vector
         for (size_t u = 0; u < vectors; u += (size_t)S) {
             UNROLL for (int k = 0; k < S; k++) UNROLL for (int r = 0; r < R; r++) {
-                Q a = V(bytes)(values + (size_t)r * apart * w->groups * vectors * BAND + (u + (size_t)k) * BAND);
+                const unsigned char *v = values + (size_t)r * apart * w->groups * vectors * BAND + (u + (size_t)k) * BAND;
+                Q a = V(bytes)(v);
                 const int8_t *p = q + (u + (size_t)k) * 4 * step;
-                // many rows of x keep this band for so long that the next one can come meanwhile
-                if (C > 1) PREFETCH(values + (w->groups * vectors + u + (size_t)k) * BAND);
+                if (C > 1) PREFETCH_L2(v + w->groups * vectors * BAND);  // the next band, while rows of x keep this one
                 UNROLL for (int c = 0; c < C; c++) {
                     I *dot = &dots[r][c][k];
                     const int8_t *pc = p + (size_t)c * x_bytes;
@@ -2836,9 +3006,12 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
     for (size_t i = 0; i < cols; i++) {
         F a[4];
-        // many rows of x keep a band of the weights' own for so long that the next one can come meanwhile
-        if (C > 1 && R == 1) PREFETCH(values + (cols + i) * LANES);
-        UNROLL for (int r = 0; r < R; r++) a[r] = V(load)(values + ((size_t)r * apart * cols + i) * LANES);
+        UNROLL for (int r = 0; r < R; r++) {
+            const float *at = values + ((size_t)r * apart * cols + i) * LANES;
+            a[r] = V(load)(at);
+            // rows of x keep a band of the weights' own for so long that the next one can come meanwhile
+            if (C > 1 && (R == 1 || C < TILE)) PREFETCH_L2(at + cols * LANES);
+        }
         UNROLL for (int c = 0; c < C; c++) {
             F b = V(set1)(in[(size_t)c * x->width + i]);
             UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
@@ -2876,6 +3049,17 @@ HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t band, size
     else V(tile_int)(R, C, 1, 8, w, band, apart, x, row, out, ldo);
 }
 
+// R bands times the rows of x from `row` to n, fewer than TILE
+HELPER void V(tiles)(const int R, const Tensor *w, size_t band, size_t apart, const Activation *x, int row, int n,
+                     float *out, size_t ldo) {
+    for (; TILE > 4 && row + 4 <= n; row += 4) {  // two bands at a time: there are 32 registers
+        V(tile)(R < 2 ? R : 2, 4, w, band, apart, x, row, out, ldo);
+        if (R > 2) V(tile)(R < 3 ? 1 : R - 2, 4, w, band + 2 * apart, apart, x, row, out, ldo);
+    }
+    for (; TILE > 2 && row + 2 <= n; row += 2) V(tile)(R, 2, w, band, apart, x, row, out, ldo);
+    for (; row < n; row++) V(tile)(R, 1, w, band, apart, x, row, out, ldo);
+}
+
 // Rows from..to of w (rows, cols) times the n rows of x (n, cols): out[b * ldo + row]. All the model's weights
 // are read here. from and to are multiples of LANES, but for the last row. Four bands, or rows where the file's
 // are used, are taken at once, a quarter of all apart: memory gives four streams faster than one.
@@ -2898,6 +3082,10 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
                 V(tile_f32)(4, TILE_F32, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
                             out + (size_t)b * ldo + r, ldo, quarter);
             }
+            for (; four && TILE_F32 > 2 && b + 2 <= n; b += 2) {
+                V(tile_f32)(4, 2, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
+                            out + (size_t)b * ldo + r, ldo, quarter);
+            }
             for (; four && b < n; b++) {
                 V(tile_f32)(4, 1, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
                             out + (size_t)b * ldo + r, ldo, quarter);
@@ -2913,13 +3101,12 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
     for (size_t i = first; TILE > 1 && i < first + bands; i++) {
         for (b = 0; b + TILE <= n; b += TILE) V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
     }
-    for (; b < n; b++) {
-        for (size_t i = first; i < first + quarter; i++) V(tile)(4, 1, w, i, quarter, x, b, out, ldo);
-        const size_t rest = first + 4 * quarter, left = bands - 4 * quarter;
-        if (left == 3) V(tile)(3, 1, w, rest, 1, x, b, out, ldo);
-        if (left == 2) V(tile)(2, 1, w, rest, 1, x, b, out, ldo);
-        if (left == 1) V(tile)(1, 1, w, rest, 1, x, b, out, ldo);
-    }
+    if (b == n) return;
+    for (size_t i = first; i < first + quarter; i++) V(tiles)(4, w, i, quarter, x, b, n, out, ldo);
+    const size_t rest = first + 4 * quarter, left = bands - 4 * quarter;
+    if (left == 3) V(tiles)(3, w, rest, 1, x, b, n, out, ldo);
+    if (left == 2) V(tiles)(2, w, rest, 1, x, b, n, out, ldo);
+    if (left == 1) V(tiles)(1, w, rest, 1, x, b, n, out, ldo);
 }
 
 // gate[i] = silu(gate[i]) * up[i], the middle of SwiGLU

@@ -514,6 +514,59 @@ def test_many_stories_of_a_large_model(builds, tmp_path, tokenizer):
     assert run_ok(*args, "-s", 1, "-b", 100) == b"".join(alone)
 
 
+def told(binary, *args):
+    """What is told, and of the tokens guessed ahead, how many there were and how many were right."""
+    r = run(binary, *args, "--stats")
+    assert r.returncode == 0, r.stderr
+    stats = json.loads(r.stderr.splitlines()[-1])
+    return r.stdout, stats["guessed_tokens"], stats["guessed_right"]
+
+
+@pytest.mark.parametrize("binary,version", [("checked", 0), ("in_place", 1)])
+def test_guessing_ahead_changes_nothing(builds, tmp_path, tokenizer, binary, version):
+    """However far the draft guesses, and on however many threads, the story is the one told without."""
+    s = Shape(dim=132, hidden_dim=50, n_layers=2, n_heads=2, n_kv_heads=1, seq_len=90)
+    path, binary = tmp_path / "model.bin", getattr(builds, binary)
+    path.write_bytes(model_bytes(s, random_weights(s, scale=2.0), version))
+    args = path, "-z", tokenizer, "-n", 0, "-i", "a dog"
+    guessed = rights = 0
+    for kernels in kernels_of(binary):
+        for i, how in enumerate([["-t", 0], ["-t", 0.7], ["-k", 9, "-p", 1], ["-t", 2, "-p", 0.99]]):
+            story = *args, *how, "-s", i + 3, "--kernels", kernels
+            alone, n, _ = told(binary, *story, "--draft", 0)
+            assert n == 0
+            for most, threads in [(2, 2), (5, 1), (15, 3)]:
+                text, n, right = told(binary, *story, "--draft", most, "-j", threads)
+                assert text == alone
+                guessed, rights = guessed + n, rights + right
+    assert 0 < rights < guessed
+
+
+def test_guessing_ahead_stops_in_time(builds, tmp_path, tokenizer):
+    """At the end token, and where the context is full; weights that are not fp32 have no draft."""
+    s = Shape()
+    endless, ends = tmp_path / "endless.bin", [259, 260, 261, 262, EOS]
+    markov_model(endless, {259 + i: 259 + (i + 1) % 5 for i in range(5)})
+    model = markov_model(tmp_path / "ends.bin", chain(ends))
+    for path, steps in [(model, 64), (endless, 0), (endless, 9), (endless, 4)]:
+        args = builds.checked, path, "-z", tokenizer, "-t", 0, "-i", " ", "-n", steps
+        assert told(*args, "--draft", 15)[0] == told(*args, "--draft", 0)[0]
+    assert told(builds.checked, endless, "-z", tokenizer, "-t", 0, "-i", " ", "--draft", 15)[1] > 0
+    for version, group in [(2, 16), (3, 32)]:
+        path = tmp_path / f"v{version}.bin"
+        path.write_bytes(model_bytes(s, random_weights(s), version, group))
+        assert told(builds.checked, path, "-z", tokenizer, "-n", 60, "--draft", 9)[1] == 0
+
+
+@needs_stories
+def test_guesses_of_stories260k(builds):
+    """The int8 copy nearly always agrees with the weights it was made of."""
+    args = builds.fast, STORIES / "stories260K.bin", "-z", STORIES / "tok512.bin", "-t", 0, "-n", 0
+    alone, n, _ = told(*args)
+    text, n, right = told(*args, "--draft", 4)
+    assert text == alone and n >= 4 and right > 0.5 * n
+
+
 def test_int8_with_empty_groups(builds, tmp_path, tokenizer):
     """Groups of zeros, or too small to have a scale, divide nothing by zero."""
     s = Shape()
@@ -999,6 +1052,7 @@ def test_prompt_longer_than_the_context(builds, tmp_path, tokenizer, mode):
     *[(["-s", v], "-s") for v in ["abc", "-1", "18446744073709551616", "1.0", ""]],
     (["--temperature=nan"], "--temperature"), (["--top-p", "7"], "--top-p"), (["--steps="], "--steps"),
     (["-m", "talk"], "-m"), (["-m", ""], "-m"), (["-t"], "-t"), (["--prompt"], "--prompt"),
+    *[(["--draft", v], "--draft") for v in ["16", "-1", "x", ""]],
     (["-q", "1"], "-q"), (["--temp", "1"], "--temp"), (["--temperatures=1"], "--temperatures=1"),
     (["-"], "-"), (["--"], "--"),
     (["-T"], "-T"), (["--tokens=1"], "--tokens=1"), (["other.bin"], "other.bin"), (["-tt", "1"], "-tt"),
