@@ -15,8 +15,10 @@ LLAMA_BENCH  llama.cpp's llama-bench, or programs with its flags and JSON, separ
              15M-4bit.bin.
 
 The programs take turns, so that a slow minute of the machine is everyone's. Decode: 255 tokens after BOS,
-greedy. First token: from the program's start to that story's first. Of the bandwidth: bytes of weights times
-decode's tok/s, as a share of what the same number of threads can read from a buffer of that size.
+greedy; of large fp32 models also without the draft that guesses ahead. Guessed right: the share of its
+guesses that were, which for random weights need not be that of trained ones. First token: from the program's
+start to that story's first. Of the bandwidth: bytes of weights times decode's tok/s without a draft, as a
+share of what the same number of threads can read from a buffer of that size.
 
 Not for: judging a change by itself; other work on the machine shows in the spread.
 """
@@ -49,7 +51,7 @@ SIZES = {  # dim, n_layers, n_heads, n_kv_heads, vocab_size, hidden_dim, max_seq
     "42M": (512, 8, 8, 8, 32000, 1376, 1024),
     "110M": (768, 12, 12, 12, 32000, 2048, 1024),
 }
-COLUMNS = ["model", "threads", "program", "decode, tok/s", "÷ best peer", "of the bandwidth",
+COLUMNS = ["model", "threads", "program", "decode, tok/s", "÷ best peer", "guessed right", "of the bandwidth",
            f"prompt of {PROMPT}, tok/s", "÷ best peer", f"{STORIES} stories, tok/s", "whole run, ms",
            "first token, ms", "memory, MB"]
 
@@ -412,10 +414,13 @@ class Bench:
             note(f"{model.path} has room for {length} positions: its prompt has so many tokens")
         prompt = self.prompt(model, length)
 
-        def decode():
-            stats, seconds = run_stats(self.ours(model, "-n", STEPS, "-j", threads))
+        def decode(*options):
+            stats, seconds = run_stats(self.ours(model, "-n", STEPS, "-j", threads, *options))
             first = stats["load_seconds"] + stats["first_token_seconds"]
-            return {"decode": stats["decode_tok_s"], "wall": seconds * 1e3, "first": first * 1e3}
+            figures = {"decode": stats["decode_tok_s"], "wall": seconds * 1e3, "first": first * 1e3}
+            if guesses := stats.get("guessed_tokens"):
+                figures["right"] = stats["guessed_right"] / guesses
+            return figures
 
         def prefill():
             stats, _ = run_stats(self.ours(model, "-n", length, "-j", threads, "-i", prompt))
@@ -450,7 +455,11 @@ class Bench:
         def bandwidth():
             return {"bandwidth": float(call([self.bandwidth, model.weights, threads])[0])}
 
-        jobs = {"run": [decode, prefill, batch, bandwidth]}
+        jobs = {"run": [decode, prefill, batch]}
+        if "right" in decode():  # else both are the same
+            jobs["run --draft 0"] = [lambda: decode("--draft", 0), bandwidth]
+        else:
+            jobs["run"].append(bandwidth)
         if model.version in (0, 2):
             peer = s.peer if model.version == 0 else s.peerq
             if peer:
@@ -478,7 +487,7 @@ class Bench:
                             for what, value in job().items():
                                 figures[name][what].append(value)
                     except Failed as e:
-                        if name == "run":
+                        if name.startswith("run"):
                             raise
                         note(f"{e}; going on without it")
                         del jobs[name]
@@ -503,25 +512,30 @@ def spread(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ({number(min(values))}–{number(max(values))})"
 
 
-def ratio(figures: dict[str, Figures], what: str) -> str:
-    """Our median as a multiple of the best other one's."""
-    medians = {name: statistics.median(f[what]) for name, f in figures.items() if f.get(what)}
-    ours = medians.pop("run")
-    return f"{ours / max(medians.values()):.2f} ×" if medians else "–"
+def ours(name: str) -> bool:
+    return name in ("run", "run --draft 0")
+
+
+def ratio(figures: dict[str, Figures], program: str, what: str) -> str:
+    """The median of ours as a multiple of the best other one's."""
+    others = [statistics.median(f[what]) for name, f in figures.items() if f.get(what) and not ours(name)]
+    if not others or not ours(program) or not figures[program].get(what):
+        return "–" if ours(program) else ""
+    return f"{statistics.median(figures[program][what]) / max(others):.2f} ×"
 
 
 def rows(model: Model, threads: int, figures: dict[str, Figures]) -> list[list[str]]:
     lines = []
     for name, f in figures.items():
-        ours = name == "run"
         share = "–"
-        if ours:
+        if f.get("bandwidth"):
             reached, best = model.weights * statistics.median(f["decode"]), max(f["bandwidth"])
             share = f"{reached / best:.0%} of {number(best / 1e9)} GB/s"
         lines.append([
             f"{model.name}, {model.layout}", str(threads), name,
-            spread(f["decode"]), ratio(figures, "decode") if ours else "", share,
-            spread(f["prompt"]), ratio(figures, "prompt") if ours else "",
+            spread(f["decode"]), ratio(figures, name, "decode"),
+            f"{statistics.median(f['right']):.0%}" if f.get("right") else "–", share,
+            spread(f["prompt"]), ratio(figures, name, "prompt"),
             spread(f["batch"]), spread(f["wall"]), spread(f["first"]), spread(f["memory"]),
         ])
     return lines

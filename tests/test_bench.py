@@ -143,7 +143,20 @@ def test_spread_and_ratio():
     assert bench.spread([3.0, 1.0, 2000.0]) == "3 (1–2,000)"
     assert bench.spread([0.01234]) == "0.0123" and bench.spread([]) == "–"
     figures = {"run": {"decode": [30.0, 10.0, 20.0]}, "a": {"decode": [5.0]}, "b": {"decode": [8.0]}, "c": {}}
-    assert bench.ratio(figures, "decode") == "2.50 ×"
+    assert bench.ratio(figures, "run", "decode") == "2.50 ×" and bench.ratio(figures, "a", "decode") == ""
+    figures["run --draft 0"] = {"decode": [4.0]}
+    assert bench.ratio(figures, "run --draft 0", "decode") == "0.50 ×"
+
+
+def test_draft(run, tmp_path, monkeypatch, capsys):
+    """A model that guesses ahead has a row with its guesses, and one without, which has the bandwidth."""
+    model = bench.make_models(tmp_path, {"tiny": (32, 2, 4, 2, 300, 48, 64)})[0]
+    guessing = script(tmp_path / "guessing", f'#!/bin/sh\nexec {run} --draft 4 "$@"\n')
+    rows, _, _ = call_bench(monkeypatch, capsys, tmp_path, RUN=guessing, MODELS=model, THREADS=1, RUNS=1)
+    guesses, plain = rows
+    assert (guesses["program"], plain["program"]) == ("run", "run --draft 0")
+    assert guesses["guessed right"].endswith("%") and guesses["of the bandwidth"] == "–"
+    assert plain["guessed right"] == "–" and plain["of the bandwidth"].endswith("GB/s")
 
 
 @pytest.mark.parametrize(("variables", "words"), [
