@@ -235,9 +235,9 @@ static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * u
 
 enum { CACHE_LINE = 64, HUGE_PAGE = 2 << 20 };
 
-// Zeroed memory for a * b elements, from the start of a cache line on, as a vector that lies in two takes two reads;
-// never returns NULL, not even for 0 of them.
-static void *allocate(size_t a, size_t b, size_t element, const char *what) {
+// Memory for a * b elements, from the start of a cache line on, as a vector that lies in two takes two reads; never
+// returns NULL, not even for 0 of them.
+static void *allocate_unset(size_t a, size_t b, size_t element, const char *what) {
     size_t count, bytes;
     bool overflows = mul_overflows(a, b, &count) || mul_overflows(count, element, &bytes);
     void *p = NULL;
@@ -252,10 +252,13 @@ static void *allocate(size_t a, size_t b, size_t element, const char *what) {
 #ifdef MADV_HUGEPAGE
         if (p && unit == HUGE_PAGE) madvise(p, bytes, MADV_HUGEPAGE);  // fewer pages to look up
 #endif
-        if (p) memset(p, 0, bytes);
     }
     if (!p) die("", "out of memory for %s: %.0f MB", what, (double)a * (double)b * (double)element / 1e6);
     return p;
+}
+
+static void *allocate(size_t a, size_t b, size_t element, const char *what) {
+    return memset(allocate_unset(a, b, element, what), 0, a * b * element);
 }
 
 static void text_append(Text *t, const void *bytes, size_t n) {
@@ -1274,6 +1277,10 @@ static void pack_row(Tensor *t, int row, const unsigned char *in, const unsigned
     const size_t at = (size_t)row / LANES * t->groups, lane = (size_t)row % LANES;
     unsigned char *out = (unsigned char *)(uintptr_t)t->values + at * t->units * BAND + lane * 4;
     unsigned char *scales = (unsigned char *)(uintptr_t)t->scales + (at * LANES + lane) * 4;
+    if (lane == 0 && row + LANES > t->rows) {  // no rows fill this band
+        memset(out, 0, t->groups * t->units * BAND);
+        if (!fp32) memset(scales, 0, t->groups * BAND);
+    }
     for (size_t g = 0; g < t->groups; g++, in += group_bytes) {
         uint32_t four;
         for (size_t u = 0; u < group_bytes / 4; u++, out += BAND) {
@@ -1320,7 +1327,7 @@ static void allocate_bands(Model *m) {
             }
             at += values + scales;
         }
-        if (pass == 0) m->packed = allocate(at, 1, 1, "the weights");
+        if (pass == 0) m->packed = allocate_unset(at, 1, 1, "the weights");  // threads touch it first
     }
 }
 
