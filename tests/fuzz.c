@@ -507,6 +507,8 @@ static void fuzz_model(const uint8_t *data, size_t n) {  // model.bin
         run_line(line);
         snprintf(line, sizeof line, "m -z w -s 5 -n 20 -b 2 -k 9 -i abababbbaaabb --kernels %s", name);
         run_line(line);
+        snprintf(line, sizeof line, "m -z w -s 3 -n 12 --draft 3 --kernels %s", name);
+        run_line(line);
         run_in_place(all_kernels[i]);
     }
 }
