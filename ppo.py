@@ -277,10 +277,17 @@ class Scorer:
 
     def if_ended(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Weighted score (N, T-1) of tokens (N, T) ended after each token, if all the parts tell."""
-        parts = [(weight, getattr(reward, "if_ended", None)) for _, weight, reward in self.parts]
-        if not all(part for _, part in parts):
+        if not all(hasattr(reward, "if_ended") for *_, reward in self.parts):
             return None
-        return sum(weight * part(tokens) for weight, part in parts)
+        total = torch.zeros(len(tokens), tokens.shape[1] - 1, device=tokens.device)
+        for name, weight, reward in self.parts:
+            try:
+                total += weight * reward.if_ended(tokens)
+            except Exception as e:  # the user's code may raise anything
+                raise SystemExit(
+                    f"if_ended of the reward {name} failed with {type(e).__name__}: {e}"
+                ) from None
+        return total
 
     def run(self, name: str, reward: Reward, *columns: list) -> torch.Tensor:
         stories = columns[1]

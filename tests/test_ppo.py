@@ -745,6 +745,10 @@ def test_what_a_story_would_score_if_it_ended():
     batch = collect(run)
     torch.testing.assert_close(run.advantages(batch)[0], sampled)
     assert "going_on" not in batch
+    run.scorer.parts[-1][2].if_ended = lambda tokens: torch.zeros(3, 7)
+    with pytest.raises(SystemExit) as e:
+        run.advantages(batch)
+    assert "if_ended of the reward r failed" in one_line(e)
 
 
 OPTIMA = {
