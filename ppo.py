@@ -117,6 +117,16 @@ class PPOConfig:
     critic_warmup: int = opt(1, "first rollouts, which move only the critic")
     critic_warmup_epochs: int = opt(30, "its passes over each of those")
     vf_coef: float = opt(0.1, "weight of the value loss in a shared trunk")
+    exact_end: bool = opt(
+        False,
+        "where the reward tells what a story would score if it ended at any token (length does), learn when "
+        "to end from all its tokens, not from its end alone",
+    )
+    others: float = opt(
+        1.0,
+        "weight, with exact_end, of learning with which other token to go on; 0 leaves that to the KL, which "
+        "is best where rewards hardly depend on it, as with length",
+    )
     # updates
     ppo_epochs: int = opt(2, "passes of the policy over each rollout")
     clip: float = opt(0.8, "how far below 1 the probability ratio is followed")
@@ -163,12 +173,23 @@ class PPOConfig:
 # ---- rewards -----------------------------------------------------------------------------------------
 
 # prompts, stories (prompt and response), their token ids (end token included), whether each ended by itself
+# it may have an attribute if_ended(tokens): (N, T) ids → (N, T-1), entry t what it would give if tokens 0 … t
+# were the story but for its end token
 Reward = Callable[[list[str], list[str], list[list[int]], list[bool]], Sequence[float]]
 
 
 def length_reward(target_len: int) -> Reward:
     """-|tokens - target_len| / 100, so that a hundred tokens off cost one."""
-    return lambda prompts, stories, tokens, ended: [-abs(len(ids) - target_len) / 100 for ids in tokens]
+
+    def reward(prompts, stories, tokens, ended):
+        return [-abs(len(ids) - target_len) / 100 for ids in tokens]
+
+    def if_ended(tokens: torch.Tensor) -> torch.Tensor:
+        length = torch.arange(2, tokens.shape[1] + 1, device=tokens.device)
+        return (-(length - target_len).abs() / 100).expand(len(tokens), -1)
+
+    reward.if_ended = if_ended
+    return reward
 
 
 def keyword_reward(words: Sequence[str]) -> Reward:
@@ -253,6 +274,20 @@ class Scorer:
             self.run(name, reward, *texts, tokens, ended) * weight for name, weight, reward in self.parts
         ]
         return torch.stack(columns, 1)
+
+    def if_ended(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Weighted score (N, T-1) of tokens (N, T) ended after each token, if all the parts tell."""
+        if not all(hasattr(reward, "if_ended") for *_, reward in self.parts):
+            return None
+        total = torch.zeros(len(tokens), tokens.shape[1] - 1, device=tokens.device)
+        for name, weight, reward in self.parts:
+            try:
+                total += weight * reward.if_ended(tokens)
+            except Exception as e:  # the user's code may raise anything
+                raise SystemExit(
+                    f"if_ended of the reward {name} failed with {type(e).__name__}: {e}"
+                ) from None
+        return total
 
     def run(self, name: str, reward: Reward, *columns: list) -> torch.Tensor:
         stories = columns[1]
@@ -417,6 +452,11 @@ def k3(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def exact_kl(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of whole distributions, log p and log q (…, V) → (…)."""
     return (logp.exp() * (logp - other)).sum(-1)
+
+
+def log_not(logp: torch.Tensor) -> torch.Tensor:
+    """log(1 - p) of log p; p counts as no more than 1 - 1e-6."""
+    return torch.log1p(-logp.exp().clamp(max=1 - 1e-6))
 
 
 def gae(
@@ -634,7 +674,7 @@ class PPO:
         with runtime.gathered(self.reference), runtime.gathered(self.policy, layers=False):
             if batch:
                 batch["reference"] = self.over_parts(batch, lambda ids: self.reference.features(ids))
-                batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = self.compare(batch)
+                batch |= self.compare(batch)
         if runtime.world_size > 1:
             batch = join([part for part in runtime.gather(batch) if part])
         batch["seconds"] = torch.tensor(seconds)
@@ -662,8 +702,11 @@ class PPO:
             out[index, : values.shape[1]] = values
         return out
 
-    def compare(self, batch: dict) -> tuple[torch.Tensor, ...]:
-        """Per token: exact KL to the reference, k1, entropy, log-probability under the reference."""
+    def compare(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Per token: exact KL to the reference, k1, entropy, log-probability under the reference; and of the
+        end token, chosen or not, the log-probability and k1.
+        """
+        names = ("kl", "k1", "entropy", "reference_logp", "end_logp", "end_k1")
         where = batch["mask"].nonzero()
         chosen = batch["tokens"][:, 1:]
 
@@ -673,28 +716,32 @@ class PPO:
                 logp = self.policy.output(batch["features"][at]).float().log_softmax(-1)
                 other = self.reference.output(batch["reference"][at]).float().log_softmax(-1)
                 reference_logp = other.gather(-1, chosen[at][:, None])[:, 0]
-                kl = exact_kl(logp, other)
-                return torch.stack(
-                    [kl, batch["logp"][at] - reference_logp, -(logp.exp() * logp).sum(-1), reference_logp]
-                )
+                kl, entropy = exact_kl(logp, other), -(logp.exp() * logp).sum(-1)
+                end, other_end = (x[:, self.tokenizer.bos_id] for x in (logp, other))
+                chosen_k1 = k1(batch["logp"][at], reference_logp)
+                return torch.stack([kl, chosen_k1, entropy, reference_logp, end, k1(end, other_end)])
 
         parts = where.split(8192)
-        columns = batch["logp"].new_zeros(4, *batch["mask"].shape)
+        columns = batch["logp"].new_zeros(len(names), *batch["mask"].shape)
         for at, values in zip(parts, self.runtime.map(run, parts), strict=True):
             columns[:, at[:, 0], at[:, 1]] = values
-        return tuple(columns)
+        return dict(zip(names, columns, strict=True))
 
     # -- learning
+
+    def shaped(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores as --reward_norm and --reward_clip want them."""
+        if self.ppo.reward_norm:
+            scores = self.moments.normalise(scores)
+        limit = self.ppo.reward_clip or math.inf
+        return scores.clamp(-limit, limit)
 
     def rewards(self, batch: dict) -> torch.Tensor:
         """(N, T-1): the price of each token's KL, and the score at the last one."""
         total = batch["scores"].sum(1)
         if self.ppo.reward_norm:
             self.moments.update(total)
-            total = self.moments.normalise(total)
-        if self.ppo.reward_clip:
-            total = total.clamp(-self.ppo.reward_clip, self.ppo.reward_clip)
-        total = total - self.ppo.missing_eos_penalty * ~batch["ended"]
+        total = self.shaped(total) - self.ppo.missing_eos_penalty * ~batch["ended"]
         if self.ppo.kl_penalty == "k1":
             rewards = -self.beta * batch["k1"]
         else:  # a choice answers for the KL of the states it leads to; that of its own is differentiated
@@ -702,6 +749,14 @@ class PPO:
         rewards = torch.where(batch["mask"], rewards, 0.0)
         rewards[torch.arange(len(total)), batch["end"] - 2] += total
         return rewards
+
+    def going_on(self, batch: dict) -> torch.Tensor:
+        """(N, T-1): how much more than ending there it brought to go on with another token; 0 elsewhere."""
+        ending = self.shaped(self.scorer.if_ended(batch["tokens"]))
+        if self.ppo.kl_penalty == "k1":
+            ending = ending - self.beta * batch["end_k1"]
+        went_on = batch["mask"] & (batch["tokens"][:, 1:] != self.tokenizer.bos_id)
+        return torch.where(went_on, batch["returns"] - ending, 0.0)
 
     def values(self, batch: dict) -> torch.Tensor:
         """(N, T-1) by the critic as it is."""
@@ -777,18 +832,26 @@ class PPO:
         return stats
 
     def advantages(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whitened advantages (N, T-1), and the deviation they were divided by."""
+        """Whitened advantages (N, T-1), and the deviation they were divided by.
+
+        With exact_end they are of the choice among the other tokens; batch["going_on"] has those of going on.
+        """
         ppo, mask, rewards = self.ppo, batch["mask"], self.rewards(batch)
-        if ppo.advantage != "gae":
-            advantages = group_advantages(rewards.sum(1), ppo.group_size, ppo.advantage)
-            return whiten(advantages[:, None].expand_as(rewards), mask)
-        values = self.values(batch)
-        advantages, _ = gae(rewards, values, mask, ppo.lam)
         # targets without bias, whatever the critic thinks so far
         batch["returns"] = gae(rewards, torch.zeros_like(rewards), mask, 1.0)[1]
-        batch["values"] = values
-        self.remember(batch)
-        return whiten(advantages, mask)
+        if ppo.advantage == "gae":
+            batch["values"] = self.values(batch)
+            advantages, _ = gae(rewards, batch["values"], mask, ppo.lam)
+            self.remember(batch)
+        else:
+            advantages = group_advantages(rewards.sum(1), ppo.group_size, ppo.advantage)
+            advantages = advantages[:, None].expand_as(rewards)
+        advantages, scale = whiten(advantages, mask)
+        if ppo.exact_end and self.scorer.if_ended(batch["tokens"]) is not None:
+            batch["going_on"] = self.going_on(batch)
+            ends = batch["tokens"][:, 1:] == self.tokenizer.bos_id
+            advantages = torch.where(ends, 0.0, ppo.others * advantages)
+        return advantages, scale
 
     def improve(self, batch: dict, advantages: torch.Tensor, scale: torch.Tensor) -> dict[str, float]:
         """The policy's passes over the rollout, each minibatch one step; returns statistics."""
@@ -827,7 +890,13 @@ class PPO:
         logps = logits.float().log_softmax(-1)  # (n, V)
         chosen = batch["tokens"][part, 1 : width + 1][inside]
         logp, old = logps.gather(-1, chosen[:, None])[:, 0], batch["logp"][part, :width][inside]
-        losses, ratio = ppo_loss(logp, old, advantages[part, :width][inside], ppo.clip, ppo.clip_high)
+        advantages, clips = advantages[part, :width][inside], (ppo.clip, ppo.clip_high)
+        losses, ratio = ppo_loss(logp, old, advantages, *clips)
+        if "going_on" in batch:  # two choices: to go on or to end; if on, with which of the other tokens
+            gain, was = (batch[key][part, :width][inside] for key in ("going_on", "end_logp"))
+            on, was = log_not(logps[:, self.tokenizer.bos_id]), log_not(was)
+            losses = ppo_loss(on, was, gain / scale, *clips)[0]
+            losses = losses + ppo_loss(logp - on, old - was, advantages, *clips)[0]
         entropy = -(logps.exp() * logps).sum(-1)
         total = losses.sum() - ppo.ent_coef / scale * entropy.sum()
         if ppo.kl_penalty == "exact":

@@ -422,7 +422,7 @@ def test_padding_changes_nothing():
         assert beyond.any()
         batch["tokens"] = torch.where(beyond, ids, batch["tokens"])
         batch["reference"] = run.over_parts(batch, lambda ids, run=run: run.reference.features(ids))
-        batch["kl"], batch["k1"], batch["entropy"], batch["reference_logp"] = run.compare(batch)
+        batch |= run.compare(batch)
         described = run.describe(batch)
         advantages, scale = run.advantages(batch)
         run.fit_critic(1)
@@ -673,6 +673,9 @@ def enumerated(monkeypatch):
         scores = np.random.default_rng(0).normal(size=len(stories))
         table = {tuple(s): float(x) for s, x in zip(stories, scores, strict=True)}
         run = make_run(net, lambda tokens: [table[tuple(row)] for row in tokens], max_gen_len=3, **flags)
+        run.scorer.parts[0][2].if_ended = lambda tokens: torch.tensor(
+            [[table.get((*row[:t], END), math.nan) for t in range(1, len(row))] for row in tokens.tolist()]
+        )
         nudge(run.policy, 0.1)
         with monkeypatch.context() as patch:
             scripted(patch)
@@ -698,8 +701,9 @@ def test_kl_of_stories_is_the_sum_over_tokens(enumerated):
     np.testing.assert_allclose(batch["logp"].sum(1).numpy(), p.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("exact_end", [False, True])
 @pytest.mark.parametrize("kl_penalty", ["exact", "k1"])
-def test_the_expected_gradient_is_that_of_the_objective(enumerated, kl_penalty):
+def test_the_expected_gradient_is_that_of_the_objective(enumerated, kl_penalty, exact_end):
     """At ratio 1: E[d loss] = -d J, J = E[R] - beta KL(stories), the expectation a sum over all stories."""
     run, batch, stories, scores = enumerated(kl_penalty=kl_penalty, init_kl_coef=0.4)
     params = list(run.policy.parameters())
@@ -708,12 +712,43 @@ def test_the_expected_gradient_is_that_of_the_objective(enumerated, kl_penalty):
     expected = torch.autograd.grad(-J, params)
     rewards = run.rewards(batch)
     advantages, _ = ppo.gae(rewards, torch.zeros_like(rewards), batch["mask"], 1.0)
+    if exact_end:
+        batch["returns"] = advantages
+        batch["going_on"] = run.going_on(batch)
+        advantages = torch.where(batch["tokens"][:, 1:] == END, 0.0, advantages)
     total = 0.0
     for i, p in enumerate(logp.detach().exp().tolist()):
         total = total + p * run.loss(batch, advantages, torch.tensor(1.0), torch.tensor([i]))[0]
     for ours, theirs in zip(torch.autograd.grad(total, params), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
     assert max(g.abs().max() for g in expected) > 0.05
+
+
+def test_what_a_story_would_score_if_it_ended():
+    """At any token: as the scorer has it of the story cut there; if a part does not tell, all is sampled."""
+    run, other = make_run(exact_end=True, others=0.5, kl_penalty="k1"), make_run(kl_penalty="k1")
+    for r in (run, other):
+        r.scorer.parts.append(("length", 2.0, ppo.length_reward(13)))
+    batch = collect(run)
+    told = run.scorer.if_ended(batch["tokens"])
+    for row, scores in zip(batch["tokens"].tolist(), told, strict=True):
+        cut = [[*row[:t], END] for t in range(1, len(row))]
+        torch.testing.assert_close(scores, run.scorer(cut, cut, [True] * len(cut)).sum(1))
+    advantages, _ = run.advantages(batch)
+    ends = batch["tokens"][:, 1:] == END
+    assert (ends & batch["mask"]).any() and not advantages[ends].any() and not batch["going_on"][ends].any()
+    expected = batch["returns"] - told + 0.1 * batch["end_k1"]
+    torch.testing.assert_close(batch["going_on"], torch.where(batch["mask"] & ~ends, expected, 0.0))
+    sampled = other.advantages(collect(other))[0]
+    torch.testing.assert_close(advantages, torch.where(ends, 0.0, 0.5 * sampled))
+    run.scorer.parts.append(("r", 1.0, lambda prompts, stories, tokens, ended: [0.0] * len(tokens)))
+    batch = collect(run)
+    torch.testing.assert_close(run.advantages(batch)[0], sampled)
+    assert "going_on" not in batch
+    run.scorer.parts[-1][2].if_ended = lambda tokens: torch.zeros(3, 7)
+    with pytest.raises(SystemExit) as e:
+        run.advantages(batch)
+    assert "if_ended of the reward r failed" in one_line(e)
 
 
 OPTIMA = {
@@ -759,8 +794,9 @@ def test_converges_to_the_tilted_reference(name):
 # ---- learning ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("exact_end", [False, True])
 @pytest.mark.parametrize("kl_penalty", ["exact", "k1"])
-def test_the_loss_term_by_term(kl_penalty):
+def test_the_loss_term_by_term(kl_penalty, exact_end):
     """Value and gradients of all terms, summed story by story and token by token in float64."""
     run = make_run(
         critic="shared",
@@ -775,6 +811,8 @@ def test_the_loss_term_by_term(kl_penalty):
     mask = batch["mask"]
     batch["returns"] = torch.randn(mask.shape, generator=g)
     advantages, scale = torch.randn(mask.shape, generator=g), torch.tensor(0.7)
+    if exact_end:
+        batch["going_on"] = torch.randn(mask.shape, generator=g)
     nudge(run.policy, 0.05)  # so that some ratios are clipped
     nudge(run.critic, 0.1)
     policy, critic, reference = (copy.deepcopy(m).double() for m in (run.policy, run.critic, run.reference))
@@ -787,8 +825,12 @@ def test_the_loss_term_by_term(kl_penalty):
         values = critic(hidden, tokens)[0]
         for t in range(int(batch["start"][n]) - 1, len(story) - 1):
             ratio = (p[t, story[t + 1]] - batch["logp"][n, t].double()).exp()
-            A = advantages[n, t].double()
-            expected = expected - torch.minimum(A * ratio, A * ratio.clamp(0.9, 1.3))
+            terms = [(ratio, advantages[n, t].double())]
+            if exact_end:  # going on, and among the tokens that do
+                on = (1 - p[t, END].exp()) / (1 - batch["end_logp"][n, t].double().exp())
+                terms = [(on, batch["going_on"][n, t].double() / 0.7), (ratio / on, terms[0][1])]
+            for r, A in terms:
+                expected = expected - torch.minimum(A * r, A * r.clamp(0.9, 1.3))
             expected = expected + 0.02 / 0.7 * (p[t].exp() * p[t]).sum()
             expected = expected + 0.3 * (values[t] - batch["returns"][n, t].double()) ** 2
             if kl_penalty == "exact":
