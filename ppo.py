@@ -275,10 +275,11 @@ class Scorer:
         ]
         return torch.stack(columns, 1)
 
-    def if_ended(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Weighted score (N, T-1) of tokens (N, T) ended after each token, if all the parts tell."""
-        if not all(hasattr(reward, "if_ended") for *_, reward in self.parts):
-            return None
+    def tells_if_ended(self) -> bool:
+        return all(hasattr(reward, "if_ended") for *_, reward in self.parts)
+
+    def if_ended(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Weighted score (N, T-1) of tokens (N, T) ended after each token."""
         total = torch.zeros(len(tokens), tokens.shape[1] - 1, device=tokens.device)
         for name, weight, reward in self.parts:
             try:
@@ -623,7 +624,7 @@ class PPO:
             p.requires_grad_(name in self.names)
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.critic, self.replay = None, []
-        if ppo.advantage == "gae":
+        if ppo.advantage == "gae" and (ppo.others or not self.exact_end):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.seed)
                 separate = ppo.critic == "separate"
@@ -645,6 +646,10 @@ class PPO:
         self.evaluated, self.best, self.evaluation = False, -math.inf, {}
         self.size = rollout_size(ppo, cfg)
         self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
+
+    @property
+    def exact_end(self) -> bool:
+        return self.ppo.exact_end and self.scorer.tells_if_ended()
 
     # -- collecting
 
@@ -839,15 +844,17 @@ class PPO:
         ppo, mask, rewards = self.ppo, batch["mask"], self.rewards(batch)
         # targets without bias, whatever the critic thinks so far
         batch["returns"] = gae(rewards, torch.zeros_like(rewards), mask, 1.0)[1]
-        if ppo.advantage == "gae":
+        if self.critic is not None:
             batch["values"] = self.values(batch)
             advantages, _ = gae(rewards, batch["values"], mask, ppo.lam)
             self.remember(batch)
+        elif ppo.advantage == "gae":  # of the others nothing is learnt: only the deviation counts
+            advantages = batch["returns"]
         else:
             advantages = group_advantages(rewards.sum(1), ppo.group_size, ppo.advantage)
             advantages = advantages[:, None].expand_as(rewards)
         advantages, scale = whiten(advantages, mask)
-        if ppo.exact_end and self.scorer.if_ended(batch["tokens"]) is not None:
+        if self.exact_end:
             batch["going_on"] = self.going_on(batch)
             ends = batch["tokens"][:, 1:] == self.tokenizer.bos_id
             advantages = torch.where(ends, 0.0, ppo.others * advantages)
@@ -1093,8 +1100,9 @@ class PPO:
                 self.critic.load_state_dict(state["critic"] or {})
         except (RuntimeError, ValueError, KeyError) as e:
             raise SystemExit(
-                f"{path} does not fit these flags ({' '.join(str(e).split())[:100]}): --advantage, --critic "
-                f"and --train_only cannot change during a run; move {path} away to begin anew"
+                f"{path} does not fit these flags ({' '.join(str(e).split())[:100]}): --advantage, --critic, "
+                "--exact_end, --others and --train_only cannot change during a run; move "
+                f"{path} away to begin anew"
             ) from None
         self.iter_num, self.first, self.best = state["iter_num"], state["first_iter"], state["best_J"]
         if state["config"]["init_kl_coef"] != self.ppo.init_kl_coef:

@@ -743,6 +743,7 @@ def test_what_a_story_would_score_if_it_ended():
     torch.testing.assert_close(advantages, torch.where(ends, 0.0, 0.5 * sampled))
     run.scorer.parts.append(("r", 1.0, lambda prompts, stories, tokens, ended: [0.0] * len(tokens)))
     batch = collect(run)
+    assert not run.exact_end
     torch.testing.assert_close(run.advantages(batch)[0], sampled)
     assert "going_on" not in batch
     run.scorer.parts[-1][2].if_ended = lambda tokens: torch.zeros(3, 7)
