@@ -1609,7 +1609,8 @@ typedef struct {
     const Model *of;
     Model model;                     // the same with coarser matrices
     int most;                        // tokens ahead, at most; 0: there is no copy
-    double agreement;                // share of the guesses that were right, lately
+    double agreement;                // share of the guesses that were right, lately; of so many seen,
+    long seen;                       // the first of which count for more
     double guess, token, extra;      // seconds: of a guess, of a token without, that one with a guess to judge adds
     long rounds, guesses, right;
 } Draft;
@@ -1675,9 +1676,10 @@ static void free_draft(Draft *d) {
 // How many tokens to guess ahead, at most so many, for the most tokens a second. Of n guesses, each right with
 // probability a, 1 + a + ... + a^n tokens come. Now and then the other way is tried.
 static int choose_draft(Draft *d, int most) {
-    enum { TRY = 32, FEW = 2 };
+    enum { TRY = 32, FEW = 2, FIRST = 4 };
     double tokens = 1, power = 1, best = 0;
     int n = 0;
+    if (d->guess == 0) return most < FIRST ? most : FIRST;
     for (int i = 0; i <= most; i++) {
         const double rate = tokens / (d->token + i * (d->guess + d->extra));
         if (rate > best) {
@@ -2319,7 +2321,10 @@ static void tell_on(Session *s, Story *story) {
     else {
         average(&d->guess, (guessed - start) / guesses);
         average(&d->extra, fmax(judged - d->token, 0) / guesses);
-        for (int i = 0; i <= right && i < guesses; i++) d->agreement += ((i < right) - d->agreement) / 32;
+        for (int i = 0; i <= right && i < guesses; i++) {
+            d->seen++;
+            d->agreement += ((i < right) - d->agreement) / (double)(d->seen < 28 ? d->seen + 4 : 32);
+        }
     }
     d->guesses += guesses;
     d->right += right;
