@@ -160,6 +160,8 @@ class PPOConfig:
             raise ValueError(f"lam={self.lam} must be in [0, 1]")
         if self.clip >= 1:
             raise ValueError(f"clip={self.clip} must be below 1")
+        if self.others != 1 and not self.exact_end:
+            raise ValueError(f"others={self.others} has a meaning with exact_end only; add --exact_end")
         if self.advantage != "gae" and self.group_size < 2:
             raise ValueError(
                 f"advantage={self.advantage} compares responses to one prompt; add --group_size=4, say"
@@ -260,7 +262,13 @@ class Scorer:
                 raise SystemExit(
                     f"--reward={name} is not known; give --reward=length, keyword or FILE.py:FUNCTION"
                 )
-            self.parts.append((name.rpartition(":")[2], number, reward))
+            name = name.rpartition(":")[2]
+            if cfg.exact_end and not hasattr(reward, "if_ended"):
+                raise SystemExit(
+                    f"--exact_end needs rewards that tell what ending anywhere would score; {name} does not: "
+                    "leave --exact_end out, or give your function an attribute if_ended (see README.md)"
+                )
+            self.parts.append((name, number, reward))
 
     def __call__(self, prompts: list[list[int]], tokens: list[list[int]], ended: list[bool]) -> torch.Tensor:
         """Weighted scores of the parts, (N, parts); raises SystemExit naming the story at fault."""
@@ -274,9 +282,6 @@ class Scorer:
             self.run(name, reward, *texts, tokens, ended) * weight for name, weight, reward in self.parts
         ]
         return torch.stack(columns, 1)
-
-    def tells_if_ended(self) -> bool:
-        return all(hasattr(reward, "if_ended") for *_, reward in self.parts)
 
     def if_ended(self, tokens: torch.Tensor) -> torch.Tensor:
         """Weighted score (N, T-1) of tokens (N, T) ended after each token."""
@@ -624,7 +629,7 @@ class PPO:
             p.requires_grad_(name in self.names)
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.critic, self.replay = None, []
-        if ppo.advantage == "gae" and (ppo.others or not self.exact_end):
+        if ppo.advantage == "gae" and (ppo.others or not ppo.exact_end):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(cfg.seed)
                 separate = ppo.critic == "separate"
@@ -646,10 +651,6 @@ class PPO:
         self.evaluated, self.best, self.evaluation = False, -math.inf, {}
         self.size = rollout_size(ppo, cfg)
         self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
-
-    @property
-    def exact_end(self) -> bool:
-        return self.ppo.exact_end and self.scorer.tells_if_ended()
 
     # -- collecting
 
@@ -854,7 +855,7 @@ class PPO:
             advantages = group_advantages(rewards.sum(1), ppo.group_size, ppo.advantage)
             advantages = advantages[:, None].expand_as(rewards)
         advantages, scale = whiten(advantages, mask)
-        if self.exact_end:
+        if ppo.exact_end:
             batch["going_on"] = self.going_on(batch)
             ends = batch["tokens"][:, 1:] == self.tokenizer.bos_id
             advantages = torch.where(ends, 0.0, ppo.others * advantages)

@@ -725,7 +725,7 @@ def test_the_expected_gradient_is_that_of_the_objective(enumerated, kl_penalty, 
 
 
 def test_what_a_story_would_score_if_it_ended():
-    """At any token: as the scorer has it of the story cut there; if a part does not tell, all is sampled."""
+    """At any token: as the scorer has it of the story cut there."""
     run, other = make_run(exact_end=True, others=0.5, kl_penalty="k1"), make_run(kl_penalty="k1")
     for r in (run, other):
         r.scorer.parts.append(("length", 2.0, ppo.length_reward(13)))
@@ -741,15 +741,10 @@ def test_what_a_story_would_score_if_it_ended():
     torch.testing.assert_close(batch["going_on"], torch.where(batch["mask"] & ~ends, expected, 0.0))
     sampled = other.advantages(collect(other))[0]
     torch.testing.assert_close(advantages, torch.where(ends, 0.0, 0.5 * sampled))
-    run.scorer.parts.append(("r", 1.0, lambda prompts, stories, tokens, ended: [0.0] * len(tokens)))
-    batch = collect(run)
-    assert not run.exact_end
-    torch.testing.assert_close(run.advantages(batch)[0], sampled)
-    assert "going_on" not in batch
     run.scorer.parts[-1][2].if_ended = lambda tokens: torch.zeros(3, 7)
     with pytest.raises(SystemExit) as e:
         run.advantages(batch)
-    assert "if_ended of the reward r failed" in one_line(e)
+    assert "if_ended of the reward length failed" in one_line(e)
 
 
 OPTIMA = {
@@ -1323,8 +1318,10 @@ def test_a_run_leaves_everything_and_names_stay(tune, tmp_path, base):
         ["--critic=separate", "--reward_norm", "--kl_penalty=k1"],
         ["--critic=shared", "--target_kl=0.002", "--ent_coef=0.01"],
         ["--advantage=rloo", "--group_size=4", "--gradient_accumulation_steps=2"],
+        ["--exact_end", "--others=0"],
+        ["--exact_end", "--others=0.5", "--advantage=grpo", "--group_size=4", "--kl_penalty=k1"],
     ],
-    ids=["reference", "part of the weights", "separate", "shared", "rloo"],
+    ids=["reference", "part of the weights", "separate", "shared", "rloo", "exact end", "exact end, grpo"],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tune, tmp_path, flags):
     tune("whole", "--ppo_iters=4", *flags)
@@ -1509,9 +1506,11 @@ def test_dropout_is_off(tune, tmp_path):
     assert load_checkpoint(tmp_path / "out" / "ppo_best.pt")["model_args"]["dropout"] == 0
 
 
-def test_two_ranks_equal_one(tune, tmp_path, base):
+@pytest.mark.parametrize("flags", [[], ["--exact_end", "--others=0.5"]])
+def test_two_ranks_equal_one(tune, tmp_path, base, flags):
     """Rollouts, critic and policy are shared out, and come to the same weights and metrics."""
-    flags = ["--ppo_iters=2", "--rollout_size=18", "--adam_eps=1e-3", "--critic=separate", "--critic_lr=1e-4"]
+    flags += ["--ppo_iters=2", "--rollout_size=18", "--adam_eps=1e-3"]
+    flags += ["--critic=separate", "--critic_lr=1e-4"]
     tune("one", *flags)
     shutil.copytree(base, tmp_path / "two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -1538,6 +1537,8 @@ def test_two_ranks_equal_one(tune, tmp_path, base):
         (["--ppo", "--init_from=scratch"], "--init_from=resume"),
         (["--ppo", "--init_from=resume", "--out_dir=empty"], "no checkpoint at empty/ckpt.pt"),
         (["--lam=0.9"], "--lam is for PPO; add --ppo"),
+        ([*FLAGS, "--others=0"], "add --exact_end"),
+        ([*FLAGS, "--exact_end", "--reward=keyword", "--keywords=dog"], "keyword does not"),
         (["--ppo=False", "--clip=0.1"], "--clip is for PPO; add --ppo"),
         ([*FLAGS, "--target_len=100", "--max_gen_len=300"], "the context of 64"),
         ([*FLAGS, "--target_len=32"], "--max_gen_len=30"),
@@ -1614,11 +1615,13 @@ def test_another_reference_is_refused(tune, tmp_path):
     tune("out", "--ppo_iters=2")
 
 
-@pytest.mark.parametrize("flag", ["--critic=separate", "--critic=shared", "--train_only=norm"])
+@pytest.mark.parametrize(
+    "flag", ["--critic=separate", "--critic=shared", "--train_only=norm", "--exact_end --others=0"]
+)
 def test_what_cannot_change_during_a_run(flag, tune):
     tune("out", "--ppo_iters=1", "--critic=reference")
     with pytest.raises(SystemExit) as e:
-        tune("out", "--ppo_iters=2", flag)
+        tune("out", "--ppo_iters=2", *flag.split())
     assert "cannot change during a run" in one_line(e)
 
 
