@@ -1509,7 +1509,7 @@ def test_dropout_is_off(tune, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--exact_end", "--others=0.5"]])
 def test_two_ranks_equal_one(tune, tmp_path, base, flags):
     """Rollouts, critic and policy are shared out, and come to the same weights and metrics."""
-    flags += ["--ppo_iters=2", "--rollout_size=18", "--adam_eps=1e-3"]
+    flags = [*flags, "--ppo_iters=2", "--rollout_size=18", "--adam_eps=1e-3"]
     flags += ["--critic=separate", "--critic_lr=1e-4"]
     tune("one", *flags)
     shutil.copytree(base, tmp_path / "two")
