@@ -44,7 +44,8 @@ demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells i
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 	python train.py --data_dir=demo --out_dir=demo/out --init_from=resume --ppo --target_len=100 --max_gen_len=220 \
-	  --init_kl_coef=0.02 --learning_rate=2e-2 --ppo_iters=12 --rollout_size=200 --eval_interval=12 --eval_samples=1
+	  --init_kl_coef=0.02 --exact_end --others=0 --learning_rate=1e-3 --adam_eps=1e-5 --ppo_iters=24 --rollout_size=100 \
+	  --eval_interval=24 --eval_samples=1
 	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 
