@@ -1006,9 +1006,8 @@ def read_start(start: str) -> str:
     from tokenizer import whole
 
     if not start.startswith("FILE:"):
-        return whole(
-            start
-        )  # bytes of a shell's that are not UTF-8 come as surrogates, which cannot be printed
+        # bytes of a shell's that are not UTF-8 come as surrogates, which cannot be printed
+        return whole(start)
     try:
         return Path(start[5:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

@@ -283,12 +283,15 @@ class Scorer:
         ]
         return torch.stack(columns, 1)
 
-    def if_ended(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Weighted score (N, T-1) of tokens (N, T) ended after each token."""
+    def if_ended(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Weighted score (N, T-1) of tokens (N, T) ended after each token; it has to be finite where mask."""
         total = torch.zeros(len(tokens), tokens.shape[1] - 1, device=tokens.device)
         for name, weight, reward in self.parts:
             try:
-                total += weight * reward.if_ended(tokens)
+                scores = torch.as_tensor(reward.if_ended(tokens), device=tokens.device)
+                if scores.shape != total.shape or not scores[mask].isfinite().all():
+                    raise ValueError(f"it must give finite scores of shape {tuple(total.shape)}")
+                total += weight * scores
             except Exception as e:  # the user's code may raise anything
                 raise SystemExit(
                     f"if_ended of the reward {name} failed with {type(e).__name__}: {e}"
@@ -758,7 +761,7 @@ class PPO:
 
     def going_on(self, batch: dict) -> torch.Tensor:
         """(N, T-1): how much more than ending there it brought to go on with another token; 0 elsewhere."""
-        ending = self.shaped(self.scorer.if_ended(batch["tokens"]))
+        ending = self.shaped(self.scorer.if_ended(batch["tokens"], batch["mask"]))
         if self.ppo.kl_penalty == "k1":
             ending = ending - self.beta * batch["end_k1"]
         went_on = batch["mask"] & (batch["tokens"][:, 1:] != self.tokenizer.bos_id)

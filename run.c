@@ -476,11 +476,11 @@ static void stop_pool(Pool *p) {
     free(p->threads);
 }
 
+static Pace start_pace(bool alone) { return (Pace){.alone = alone, .trial = TRIAL, .pause = SHORTEST_PAUSE / 2}; }
+
 // A token of a small model takes one thread less time than all, which have to meet; so does any model's where other
 // programs have the cores. Both ways are tried again and again, the slower one ever more seldom. The text does not
 // depend on it.
-static Pace start_pace(bool alone) { return (Pace){.alone = alone, .trial = TRIAL, .pause = SHORTEST_PAUSE / 2}; }
-
 static int choose_threads(const Pace *p, int threads) {
     const bool alone = p->tokens >= p->trial ? !p->alone : p->alone;
     return alone ? 1 : threads;
@@ -1302,13 +1302,14 @@ static void pack_row(Tensor *t, int row, const unsigned char *in, const unsigned
 static int matrices(const Config *c) { return 7 * c->n_layers + 1; }
 
 // The i-th of the matrices that matmul reads
-static Tensor *matrix(const Weights *w, const Config *c, int i) {
-    Layer *y = &w->layers[i / 7 < c->n_layers ? i / 7 : 0];
+static Tensor *matrix(Weights *w, const Config *c, int i) {
+    if (i == 7 * c->n_layers) return &w->wcls;
+    Layer *y = &w->layers[i / 7];
     Tensor *all[] = {&y->wq, &y->wk, &y->wv, &y->wo, &y->w1, &y->w3, &y->w2};
-    return i == 7 * c->n_layers ? (Tensor *)(uintptr_t)&w->wcls : all[i % 7];
+    return all[i % 7];
 }
 
-// Room for the bands of all matrices
+// Room for the bands of all matrices, fp32 or int8
 static void allocate_bands(Model *m) {
     size_t at = 0;
     for (int pass = 0; pass < 2; pass++, at = 0) {
@@ -1319,13 +1320,11 @@ static void allocate_bands(Model *m) {
                 t->units = (size_t)t->cols;
             }
             const size_t groups = round_up((size_t)t->rows, LANES) / LANES * t->groups;
-            const size_t values = groups * t->units * BAND / (t->bits == 4 ? 2 : 1);
-            const size_t scales = round_up(groups * BAND / (t->bits == 4 ? 2 : 1), BAND);
             if (pass == 1) {
                 t->values = (unsigned char *)m->packed + at;
-                t->scales = t->values + values;
+                t->scales = t->values + groups * t->units * BAND;
             }
-            at += values + scales;
+            at += groups * (t->units + 1) * BAND;
         }
         if (pass == 0) m->packed = allocate_unset(at, 1, 1, "the weights");  // threads touch it first
     }
@@ -1606,7 +1605,7 @@ enum { DRAFT_GROUP = 32 };           // values that share a scale
 enum { SHORT_STORY = 32 };           // tokens to come for which the copy is not worth its making
 
 typedef struct {
-    const Model *of;
+    Model *of;
     Model model;                     // the same with coarser matrices
     int most;                        // tokens ahead, at most; 0: there is no copy
     double agreement;                // share of the guesses that were right, lately; of so many seen,
@@ -1618,7 +1617,7 @@ typedef struct {
 // Rounds this thread's rows of each matrix to int8.
 static void draft_share(void *context, int thread) {
     Draft *d = context;
-    const Model *m = &d->model;
+    Model *m = &d->model;
     const Config *c = &m->config;
     Activation rounded = activation(c, 1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
     for (int i = 0; i < matrices(c); i++) {
@@ -1644,7 +1643,7 @@ static bool drafts_pay(const Model *m) {
     return m->config.bits == 32 && m->file.size > SMALL_MODEL;
 }
 
-static void make_draft(Draft *d, const Model *m, int most) {
+static void make_draft(Draft *d, Model *m, int most) {
     *d = (Draft){.of = m, .model = *m, .agreement = 0.8};
     Model *copy = &d->model;
     Config *c = &copy->config;
@@ -1676,7 +1675,7 @@ static void free_draft(Draft *d) {
 // How many tokens to guess ahead, at most so many, for the most tokens a second. Of n guesses, each right with
 // probability a, 1 + a + ... + a^n tokens come. Now and then the other way is tried.
 static int choose_draft(Draft *d, int most) {
-    enum { TRY = 32, FEW = 2, FIRST = 4 };
+    enum { TRY = 32, FEW = 2, FIRST = 4 };  // every 32nd time; before anything is known
     double tokens = 1, power = 1, best = 0;
     int n = 0;
     if (d->guess == 0) return most < FIRST ? most : FIRST;
@@ -2323,6 +2322,7 @@ static void tell_on(Session *s, Story *story) {
         average(&d->extra, fmax(judged - d->token, 0) / guesses);
         for (int i = 0; i <= right && i < guesses; i++) {
             d->seen++;
+            // what it began with counts as four guesses
             d->agreement += ((i < right) - d->agreement) / (double)(d->seen < 28 ? d->seen + 4 : 32);
         }
     }

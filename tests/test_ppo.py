@@ -730,7 +730,7 @@ def test_what_a_story_would_score_if_it_ended():
     for r in (run, other):
         r.scorer.parts.append(("length", 2.0, ppo.length_reward(13)))
     batch = collect(run)
-    told = run.scorer.if_ended(batch["tokens"])
+    told = run.scorer.if_ended(batch["tokens"], batch["mask"])
     for row, scores in zip(batch["tokens"].tolist(), told, strict=True):
         cut = [[*row[:t], END] for t in range(1, len(row))]
         torch.testing.assert_close(scores, run.scorer(cut, cut, [True] * len(cut)).sum(1))
@@ -741,10 +741,11 @@ def test_what_a_story_would_score_if_it_ended():
     torch.testing.assert_close(batch["going_on"], torch.where(batch["mask"] & ~ends, expected, 0.0))
     sampled = other.advantages(collect(other))[0]
     torch.testing.assert_close(advantages, torch.where(ends, 0.0, 0.5 * sampled))
-    run.scorer.parts[-1][2].if_ended = lambda tokens: torch.zeros(3, 7)
-    with pytest.raises(SystemExit) as e:
-        run.advantages(batch)
-    assert "if_ended of the reward length failed" in one_line(e)
+    for wrong in (torch.zeros(3, 7), torch.full_like(told, math.nan), None):
+        run.scorer.parts[-1][2].if_ended = lambda tokens, wrong=wrong: wrong
+        with pytest.raises(SystemExit) as e:
+            run.advantages(batch)
+        assert "if_ended of the reward length failed" in one_line(e)
 
 
 OPTIMA = {
