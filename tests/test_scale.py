@@ -317,6 +317,17 @@ def test_ppo_in_parts_equals_one_process(data_dir, tmp_path):
     assert_like(one, other, "ppo_ckpt.pt", 2e-5)
 
 
+def test_exact_end_in_parts_equals_one_process(data_dir, tmp_path):
+    base = tmp_path / "base"
+    run(0, [*FLAGS, f"--data_dir={data_dir}", f"--out_dir={base}", "--max_iters=2"])
+    shutil.copytree(base, tmp_path / "other")
+    flags = [*PPO, f"--data_dir={data_dir}", "--ppo_iters=2", "--exact_end"]
+    run(0, [*flags, f"--out_dir={base}"])
+    run(2, [*flags, f"--out_dir={tmp_path / 'other'}", "--fsdp"])
+    for name in ("ppo/reward", "ppo/kl", "ppo/grad_norm", "ppo/eval/J"):
+        assert metrics(tmp_path / "other", name) == pytest.approx(metrics(base, name), rel=1e-3, abs=1e-4)
+
+
 def test_ppo_in_parts_says_which_critics_it_knows(data_dir, tmp_path):
     base = tmp_path / "base"
     run(0, [*FLAGS, f"--data_dir={data_dir}", f"--out_dir={base}", "--max_iters=2"])
