@@ -52,7 +52,8 @@ from model import (
 
 ROLLOUT_ROWS = 200  # episodes decoded together on a CPU core
 CPU_PART_TOKENS = 1024  # tokens that a CPU core learns from at a time: they stay in its caches
-REPLAYED = ("tokens", "start", "end", "mask", "returns")  # what a checkpoint keeps of the critic's rollouts
+PAST_END = 0.02  # a path is told on past its end while more than this share of its stories would still go on
+REPLAYED = ("tokens", "start", "end", "on", "returns")  # what a checkpoint keeps of the critic's rollouts
 CURVE = {  # columns of report.csv, and their names in metrics.jsonl
     "iteration": "iter",
     **{name: f"ppo/{name}" for name in ("episodes", "reward", "mae", "kl", "J", "length", "ended")},
@@ -119,13 +120,13 @@ class PPOConfig:
     vf_coef: float = opt(0.1, "weight of the value loss in a shared trunk")
     exact_end: bool = opt(
         False,
-        "where the reward tells what a story would score if it ended at any token (length does), learn when "
-        "to end from all its tokens, not from its end alone",
+        "where the reward tells what a story would score if it ended at any token (length does), tell "
+        "stories on past their ends and learn from all the places where they might have ended",
     )
     others: float = opt(
         1.0,
         "weight, with exact_end, of learning with which other token to go on; 0 leaves that to the KL, "
-        "and needs no critic; where rewards depend little on it, as with length, 0 to 0.3 with --lam=0.8",
+        "and needs no critic",
     )
     # updates
     ppo_epochs: int = opt(2, "passes of the policy over each rollout")
@@ -350,63 +351,93 @@ class Rollout:
     """N episodes padded on the right to T tokens, on the model's device.
 
     Of the tensors per token, (N, T-1), entry t belongs to the choice of token t + 1, made in the state of
-    tokens 0 … t; it counts where that token is part of the response: mask.
+    tokens 0 … t; it counts where that token is part of the response: mask. A path may go on past the end of
+    its story, told as if the end token had not been drawn; else path and story are the same.
     """
 
-    tokens: torch.Tensor  # (N, T) int64
+    tokens: torch.Tensor  # (N, T) int64, of the path
     start: torch.Tensor  # (N,) length of the prompt
-    end: torch.Tensor  # (N,) length of prompt and response, end token included
-    ended: torch.Tensor  # (N,) bool: with the end token, not cut off at a cap
+    end: torch.Tensor  # (N,) length of prompt and path, end token included if the path has one
+    ended: torch.Tensor  # (N,) bool: the path has one, it was not cut off at a cap
+    story_end: torch.Tensor  # (N,) length of prompt and story, end token included if the story has one
+    story_ended: torch.Tensor  # (N,) bool: the story has one
     logp: torch.Tensor  # (N, T-1) log-probability of what was chosen
+    reach: torch.Tensor  # (N, T-1) share of the path's stories that come to make the choice; 0 outside mask
     features: torch.Tensor  # (N, T-1, dim) last hidden state of the policy
 
     @property
     def mask(self) -> torch.Tensor:
-        """(N, T-1) bool: choices of response tokens, the end token's included."""
+        """(N, T-1) bool: choices of the path's tokens after the prompt, the end token's included."""
         t = torch.arange(self.tokens.shape[1] - 1, device=self.tokens.device)
         return (t >= self.start[:, None] - 1) & (t < self.end[:, None] - 1)
 
-    def texts(self) -> tuple[list[list[int]], list[list[int]]]:
-        """The ids of the prompts and of the whole stories."""
-        rows = [row[:n] for row, n in zip(self.tokens.tolist(), self.end.tolist(), strict=True)]
-        return [row[:n] for row, n in zip(rows, self.start.tolist(), strict=True)], rows
+    def ids(self, end_id: int) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Of prompts, of whole stories, and of whole paths."""
+        rows = self.tokens.tolist()
+        prompts, stories, paths = (
+            [row[:n] for row, n in zip(rows, ends.tolist(), strict=True)]
+            for ends in (self.start, self.story_end, self.end)
+        )
+        for story, ended in zip(stories, self.story_ended.tolist(), strict=True):
+            story[-1] = end_id if ended else story[-1]
+        return prompts, stories, paths
 
 
 @torch.no_grad()
 def rollout(
-    policy: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_id: int, u: torch.Tensor
+    policy: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_id: int,
+    u: torch.Tensor,
+    until: torch.Tensor | None = None,
 ) -> Rollout:
     """Let the policy continue prompts at temperature 1 over the whole vocabulary.
 
     u (N, max_new_tokens), uniform in [0, 1), makes the choices: row n's text depends on prompt n and u[n].
+    With until (N,), uniform as well, paths go on past the ends of their stories: other tokens than the end
+    are drawn, and a story ends where no more than until of those with its path would go on. When that is
+    less than PAST_END, the path is drawn like any other from there on.
     """
-    steps = []  # (rows, logp, features) of each step
+    steps = []  # (rows, logp, reach, features) of each step
+    device = policy.rope_cos.device
+    going = torch.ones(len(prompts), device=device)  # share of a path's stories that have not ended
+    story = torch.zeros(len(prompts), dtype=torch.long)  # length of a story that has ended before its path
 
     def choose(rows: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         logits = policy.output(features).float()
-        ids = sample(logits, u[rows, len(steps)].to(logits.device))
-        logp = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-        steps.append((rows, logp, features))
+        total, reach, choices = logits.logsumexp(-1), going[rows], logits
+        if until is not None:
+            past = reach > PAST_END
+            choices = logits.clone()
+            choices[past, end_id] = -math.inf
+            going[rows] = torch.where(past, -torch.expm1(logits[:, end_id] - total), 1.0) * reach
+            ends = (past & (going[rows] <= until.to(device)[rows])).cpu() & (story[rows] == 0)
+            story[rows[ends]] = len(steps) + 1
+        ids = sample(choices, u[rows, len(steps)].to(device))
+        steps.append((rows, logits.gather(-1, ids[:, None])[:, 0] - total, reach, features))
         return ids
 
     new = decode(policy, prompts, max_new_tokens, (end_id,), choose)
     start = torch.tensor([len(prompt) for prompt in prompts])
     end = start + torch.tensor([len(ids) for ids in new])
     N, T = len(prompts), int(end.max())
-    device = policy.rope_cos.device
     tokens = torch.zeros(N, T, dtype=torch.long)
     for row, prompt, ids in zip(tokens, prompts, new, strict=True):
         row[: len(prompt) + len(ids)] = torch.tensor([*prompt, *ids])
-    logp = torch.zeros(N, T - 1, device=device)
+    logp, reach = torch.zeros(2, N, T - 1, device=device)
     features = torch.zeros(N, T - 1, policy.args.dim, device=device)
-    for step, (rows, step_logp, step_features) in enumerate(steps):
+    for step, (rows, step_logp, step_reach, step_features) in enumerate(steps):
         at = start[rows] - 1 + step
         real = at < end[rows] - 1  # rows that have ended stay in the batch for a while
         where = rows[real].to(device), at[real].to(device)
         real = real.to(device)
         logp[where], features[where] = step_logp[real], step_features[real].float()
+        reach[where] = step_reach[real]
     ended = torch.tensor([bool(ids) and ids[-1] == end_id for ids in new])
-    return Rollout(tokens.to(device), start.to(device), end.to(device), ended.to(device), logp, features)
+    story_end, story_ended = torch.where(story > 0, start + story, end), ended | (story > 0)
+    columns = (tokens, start, end, ended, story_end, story_ended)
+    return Rollout(*(x.to(device) for x in columns), logp, reach, features)
 
 
 def join(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -435,16 +466,16 @@ def length_parts(index: torch.Tensor, end: torch.Tensor, tokens: int) -> list[to
 # ---- pure functions ----------------------------------------------------------------------------------
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of x where mask, as a scalar."""
-    return torch.where(mask, x, 0.0).sum() / mask.sum()
+def weighted_mean(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean of x with weights >= 0, or where a mask is True, as a scalar."""
+    return torch.where(weight > 0, weight * x, 0.0).sum() / weight.sum()
 
 
-def whiten(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x - mean) / deviation over all of mask at once, 0 elsewhere; and that deviation."""
-    mean = masked_mean(x, mask)
-    deviation = (masked_mean((x - mean).square(), mask) + 1e-8).sqrt()
-    return torch.where(mask, (x - mean) / deviation, 0.0), deviation
+def whiten(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x - mean) / deviation, both weighted over all at once, 0 where the weight is; and that deviation."""
+    mean = weighted_mean(x, weight)
+    deviation = (weighted_mean((x - mean).square(), weight) + 1e-8).sqrt()
+    return torch.where(weight > 0, (x - mean) / deviation, 0.0), deviation
 
 
 def k1(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -469,20 +500,31 @@ def log_not(logp: torch.Tensor) -> torch.Tensor:
 
 
 def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, lam: float, gamma: float = 1.0
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    lam: float,
+    gamma: float = 1.0,
+    hazard: torch.Tensor | None = None,
+    ending: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimates and returns (advantage + value), all (N, T), 0 outside mask.
 
-    mask must be one stretch per row; after it the value is 0 (Schulman et al. 2016, eq. 16).
+    mask must be one stretch per row; after it the value is 0 (Schulman et al. 2016, eq. 16). Where an episode
+    ends with a known probability, hazard, and then has ending to come, values, rewards, and what is returned
+    are those of going on: a state is worth hazard * ending + (1 - hazard) * values.
     """
+    if hazard is None:
+        hazard = ending = torch.zeros_like(rewards)
     advantages = torch.zeros_like(rewards)
     last, next_value = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        inside = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        last = torch.where(inside, delta + gamma * lam * last, last)
-        next_value = torch.where(inside, values[:, t], next_value)
-        advantages[:, t] = torch.where(inside, last, 0.0)
+        inside, stop = mask[:, t], hazard[:, t]
+        # last is what the states after this one bring above their values
+        step = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * last
+        advantages[:, t] = torch.where(inside, step, 0.0)
+        last = torch.where(inside, (1 - stop) * step, last)
+        next_value = torch.where(inside, stop * ending[:, t] + (1 - stop) * values[:, t], next_value)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
@@ -665,19 +707,27 @@ class PPO:
         return torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def collect(self, prompts: list[list[int]], u: torch.Tensor) -> dict[str, torch.Tensor]:
+    def collect(
+        self, prompts: list[list[int]], u: torch.Tensor, until: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Roll out, score, and look up what learning needs, shared by all ranks; all of it on every rank."""
         runtime = self.runtime
         share = -(-len(prompts) // runtime.world_size)
         first = min(runtime.rank * share, len(prompts))
-        prompts, u = prompts[first : first + share], u[first : first + share]
+        mine = slice(first, first + share)
+        prompts, u, until = prompts[mine], u[mine], until if until is None else until[mine]
         began = time.perf_counter()
         rows = ROLLOUT_ROWS if runtime.kind == "cpu" else max(1, len(prompts))
         chunks = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
         cap, end_id = self.ppo.max_gen_len, self.tokenizer.bos_id
         with runtime.gathered(self.policy):
-            rollouts = runtime.map(lambda c: rollout(self.policy, prompts[c], cap, end_id, u[c]), chunks)
-            rollouts = [vars(r) | {"mask": r.mask, "scores": self.scores(r)} for r in rollouts]
+            rollouts = runtime.map(
+                lambda c: rollout(
+                    self.policy, prompts[c], cap, end_id, u[c], until if until is None else until[c]
+                ),
+                chunks,
+            )
+            rollouts = [vars(r) | {"mask": r.mask} | self.scores(r) for r in rollouts]
         batch = join(rollouts) if rollouts else {}
         seconds = time.perf_counter() - began
         with runtime.gathered(self.reference), runtime.gathered(self.policy, layers=False):
@@ -689,8 +739,15 @@ class PPO:
         batch["seconds"] = torch.tensor(seconds)
         return batch
 
-    def scores(self, r: Rollout) -> torch.Tensor:
-        return self.scorer(*r.texts(), r.ended.tolist()).to(r.tokens.device)
+    def scores(self, r: Rollout) -> dict[str, torch.Tensor]:
+        """(N, parts): scores of the stories, and cut_scores of the paths, of use where those were cut off."""
+        prompts, stories, paths = r.ids(self.tokenizer.bos_id)
+        scores = self.scorer(prompts, stories, r.story_ended.tolist())
+        cut_scores, past = scores.clone(), (r.story_ended & ~r.ended).nonzero()[:, 0].tolist()
+        rows = ([prompts[i] for i in past], [paths[i] for i in past])
+        cut_scores[past] = self.scorer(*rows, [False] * len(past))
+        device = r.tokens.device
+        return {"scores": scores.to(device), "cut_scores": cut_scores.to(device)}
 
     def parts(self, index: torch.Tensor, batch: dict) -> list[torch.Tensor]:
         """Episodes in parts of similar length, as many tokens at a time as suit the device."""
@@ -747,10 +804,9 @@ class PPO:
 
     def rewards(self, batch: dict) -> torch.Tensor:
         """(N, T-1): the price of each token's KL, and the score at the last one."""
-        total = batch["scores"].sum(1)
         if self.ppo.reward_norm:
-            self.moments.update(total)
-        total = self.shaped(total) - self.ppo.missing_eos_penalty * ~batch["ended"]
+            self.moments.update(batch["scores"].sum(1))
+        total = self.shaped(batch["cut_scores"].sum(1)) - self.ppo.missing_eos_penalty * ~batch["ended"]
         if self.ppo.kl_penalty == "k1":
             rewards = -self.beta * batch["k1"]
         else:  # a choice answers for the KL of the states it leads to; that of its own is differentiated
@@ -759,13 +815,18 @@ class PPO:
         rewards[torch.arange(len(total)), batch["end"] - 2] += total
         return rewards
 
-    def going_on(self, batch: dict) -> torch.Tensor:
-        """(N, T-1): how much more than ending there it brought to go on with another token; 0 elsewhere."""
-        ending = self.shaped(self.scorer.if_ended(batch["tokens"], batch["mask"]))
+    def endings(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, T-1) each: the chance that a story with this path ends here, and what it would have to come.
+
+        A path is told on past the ends of its stories while enough of them would go on; after that it ends
+        where it does.
+        """
+        mask, ended = batch["mask"], batch["tokens"][:, 1:] == self.tokenizer.bos_id
+        hazard = torch.where(batch["reach"] > PAST_END, batch["end_logp"].exp(), ended.float())
+        ending = self.shaped(self.scorer.if_ended(batch["tokens"], mask))
         if self.ppo.kl_penalty == "k1":
             ending = ending - self.beta * batch["end_k1"]
-        went_on = batch["mask"] & (batch["tokens"][:, 1:] != self.tokenizer.bos_id)
-        return torch.where(went_on, batch["returns"] - ending, 0.0)
+        return torch.where(mask, hazard, 0.0), torch.where(mask, ending, 0.0)
 
     def values(self, batch: dict) -> torch.Tensor:
         """(N, T-1) by the critic as it is."""
@@ -793,14 +854,14 @@ class PPO:
                 batch, index = jobs[job]
                 for group in optimizer.param_groups:
                     group["lr"] = self.ppo.critic_lr * (1 - (epoch + i / len(jobs)) / epochs)
-                count = batch["mask"][index].sum()
+                count = batch["on"][index].sum()
 
                 def loss(part: torch.Tensor, batch=batch, count=count) -> tuple[torch.Tensor, torch.Tensor]:
                     width = int(batch["end"][part].max()) - 1
                     features = None if self.critic.trunk else batch["critic_features"][part, :width]
                     value = self.critic(features, batch["tokens"][part, :width])
                     error = (value - batch["returns"][part, :width]).square()
-                    total = torch.where(batch["mask"][part, :width], error, 0.0).sum() / count
+                    total = (batch["on"][part, :width] * error).sum() / count
                     return total, total.detach()
 
                 self.step(optimizer, params, loss, index.to(count.device), batch)
@@ -843,25 +904,32 @@ class PPO:
     def advantages(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Whitened advantages (N, T-1), and the deviation they were divided by.
 
-        With exact_end they are of the choice among the other tokens; batch["going_on"] has those of going on.
+        Adds to batch the returns and "on", the share of a path's stories that a choice is made for. With
+        exact_end both, and the advantages, are of the choice among the other tokens than the end, and
+        "going_on" tells how much more it brings to make that choice than to end.
         """
         ppo, mask, rewards = self.ppo, batch["mask"], self.rewards(batch)
+        hazard = ending = torch.zeros_like(rewards)
+        if ppo.exact_end:
+            hazard, ending = self.endings(batch)
+        batch["on"] = batch["reach"] * (1 - hazard)
         # targets without bias, whatever the critic thinks so far
-        batch["returns"] = gae(rewards, torch.zeros_like(rewards), mask, 1.0)[1]
+        returns = gae(rewards, torch.zeros_like(rewards), mask, 1.0, hazard=hazard, ending=ending)[1]
+        batch["returns"] = returns
         if self.critic is not None:
             batch["values"] = self.values(batch)
-            advantages, _ = gae(rewards, batch["values"], mask, ppo.lam)
+            advantages, _ = gae(rewards, batch["values"], mask, ppo.lam, hazard=hazard, ending=ending)
             self.remember(batch)
         elif ppo.advantage == "gae":  # of the others nothing is learnt: only the deviation counts
-            advantages = batch["returns"]
+            advantages = returns
         else:
-            advantages = group_advantages(rewards.sum(1), ppo.group_size, ppo.advantage)
+            totals = torch.lerp(returns, ending, hazard).gather(1, batch["start"][:, None] - 1)[:, 0]
+            advantages = group_advantages(totals, ppo.group_size, ppo.advantage)
             advantages = advantages[:, None].expand_as(rewards)
-        advantages, scale = whiten(advantages, mask)
+        advantages, scale = whiten(advantages, batch["on"])
         if ppo.exact_end:
-            batch["going_on"] = self.going_on(batch)
-            ends = batch["tokens"][:, 1:] == self.tokenizer.bos_id
-            advantages = torch.where(ends, 0.0, ppo.others * advantages)
+            batch["going_on"] = torch.where(batch["on"] > 0, returns - ending, 0.0)
+            advantages = ppo.others * advantages
         return advantages, scale
 
     def improve(self, batch: dict, advantages: torch.Tensor, scale: torch.Tensor) -> dict[str, float]:
@@ -873,7 +941,7 @@ class PPO:
         for _ in range(ppo.ppo_epochs):
             for index in torch.randperm(len(advantages), generator=generator).split(size):
                 index = index.to(advantages.device)
-                count = batch["mask"][index].sum()  # the mean is over the tokens of the whole step
+                count = batch["reach"][index].sum()  # the mean is over the tokens of the whole step
 
                 def loss(part: torch.Tensor, count=count) -> tuple[torch.Tensor, torch.Tensor]:
                     total, stats = self.loss(batch, advantages, scale, part)
@@ -893,41 +961,47 @@ class PPO:
         """
         ppo, width = self.ppo, int(batch["end"][part].max()) - 1
         inside = batch["mask"][part, :width]
+
+        def of(x: torch.Tensor) -> torch.Tensor:
+            return x[part, :width][inside]
+
         if self.runtime.fsdp:  # which works within forward alone
             features, logits = None, self.policy(batch["tokens"][part, :width])[0][inside]
         else:
             features = self.policy.features(batch["tokens"][part, :width])
             logits = self.policy.output(features[inside])
         logps = logits.float().log_softmax(-1)  # (n, V)
-        chosen = batch["tokens"][part, 1 : width + 1][inside]
-        logp, old = logps.gather(-1, chosen[:, None])[:, 0], batch["logp"][part, :width][inside]
-        advantages, clips = advantages[part, :width][inside], (ppo.clip, ppo.clip_high)
+        chosen, reach, went_on = of(batch["tokens"][:, 1:]), of(batch["reach"]), of(batch["on"])
+        logp, old = logps.gather(-1, chosen[:, None])[:, 0], of(batch["logp"])
+        advantages, clips = of(advantages), (ppo.clip, ppo.clip_high)
         losses, ratio = ppo_loss(logp, old, advantages, *clips)
+        moved = k3(old, logp)
         if "going_on" in batch:  # two choices: to go on or to end; if on, with which of the other tokens
-            gain, was = (batch[key][part, :width][inside] for key in ("going_on", "end_logp"))
-            on, was = log_not(logps[:, self.tokenizer.bos_id]), log_not(was)
-            losses = ppo_loss(on, was, gain / scale, *clips)[0]
-            losses = losses + ppo_loss(logp - on, old - was, advantages, *clips)[0]
+            end, end_was = logps[:, self.tokenizer.bos_id], of(batch["end_logp"])
+            on, on_was = log_not(end), log_not(end_was)
+            losses = ppo_loss(on, on_was, of(batch["going_on"]) / scale, *clips)[0]
+            losses = losses + ppo_loss(logp - on, old - on_was, advantages, *clips)[0]
+            moved = went_on * k3(old - on_was, logp - on)
+            moved = moved + reach * exact_kl(torch.stack([on_was, end_was], -1), torch.stack([on, end], -1))
+        losses = went_on * losses
         entropy = -(logps.exp() * logps).sum(-1)
-        total = losses.sum() - ppo.ent_coef / scale * entropy.sum()
+        total = losses.sum() - ppo.ent_coef / scale * (reach * entropy).sum()
         if ppo.kl_penalty == "exact":
             with torch.no_grad():
-                reference = (
-                    self.reference.output(batch["reference"][part, :width][inside]).float().log_softmax(-1)
-                )
-            total = total + self.beta / scale * exact_kl(logps, reference).sum()
+                reference = self.reference.output(of(batch["reference"])).float().log_softmax(-1)
+            total = total + self.beta / scale * (reach * exact_kl(logps, reference)).sum()
         value_loss = torch.zeros(())
         if self.shared:
             values = self.critic(features, batch["tokens"][part, :width])[inside]
-            value_loss = (values - batch["returns"][part, :width][inside]).square().sum()
+            value_loss = (went_on * (values - of(batch["returns"])).square()).sum()
             total = total + ppo.vf_coef * value_loss
         with torch.no_grad():
             clipped = (ratio < 1 - ppo.clip) | (ratio > 1 + ppo.clip_high)
             stats = [
-                k3(old, logp).sum(),
+                moved.sum(),
                 losses.sum(),
-                clipped.sum(),
-                (ratio - 1).abs().sum(),
+                (reach * clipped).sum(),
+                (reach * (ratio - 1).abs()).sum(),
                 value_loss,
             ]
         return total, torch.stack([x.detach().double().to(total.device) for x in stats])
@@ -956,13 +1030,14 @@ class PPO:
         prompts = self.prompts(self.iter_num, self.size // ppo.group_size)
         prompts = [prompt for prompt in prompts for _ in range(ppo.group_size)]
         u = torch.rand(self.size, ppo.max_gen_len, generator=self.generator(1, self.iter_num))
-        batch = self.collect(prompts, u)
+        until = torch.rand(self.size, generator=self.generator(4, self.iter_num)) if ppo.exact_end else None
+        batch = self.collect(prompts, u, until)
         if not self.shared:  # the largest tensor, and of no more use
             del batch["features"]
         values = self.describe(batch) | {"ppo/beta": self.beta, "lr": self.learning_rate()}
         advantages, scale = self.advantages(batch)
         if self.critic is not None:
-            mask, returns = batch["mask"], batch["returns"]
+            mask, returns = batch["on"] > 0, batch["returns"]
             left = (returns - batch["values"])[mask].var() / returns[mask].var()
             values |= {
                 "ppo/explained_variance": 1 - float(left),
@@ -990,19 +1065,24 @@ class PPO:
         return values | {"ppo/tok/s": tokens / seconds, "ppo/rollout_tok/s": tokens / float(batch["seconds"])}
 
     def describe(self, batch: dict) -> dict[str, float]:
-        """What a rollout is like: reward and its parts, KL, J, lengths, entropy."""
-        mask, total, length = batch["mask"], batch["scores"].sum(1), batch["end"].float()
-        kl = batch["kl"].sum(1)
+        """What a rollout's stories are like: reward and its parts, KL, J, lengths, entropy."""
+        total, length = batch["scores"].sum(1), batch["story_end"].float()
+        left = length[:, None] - 2 - torch.arange(batch["mask"].shape[1], device=length.device)
+        mask = batch["mask"] & (left >= 0)
+        ends = (left == 0) & batch["story_ended"][:, None]  # the path may have another token there
+        sampled_k1 = torch.where(ends, batch["end_k1"], batch["k1"])
+        logp = torch.where(ends, batch["end_logp"], batch["logp"])
+        kl = (batch["kl"] * mask).sum(1)
         values = {
             "reward": total.mean(),
             "kl": kl.mean(),
-            "kl_k1": batch["k1"].sum(1).mean(),
-            "kl_k3": (k3(batch["logp"], batch["reference_logp"]) * mask).sum(1).mean(),
+            "kl_k1": (sampled_k1 * mask).sum(1).mean(),
+            "kl_k3": (k3(logp, logp - sampled_k1) * mask).sum(1).mean(),
             "J": (total - self.beta * kl).mean(),
-            "entropy": masked_mean(batch["entropy"], mask),
+            "entropy": weighted_mean(batch["entropy"], mask),
             "length": length.mean(),
             "length_deviation": length.std(correction=0),
-            "ended": batch["ended"].float().mean(),
+            "ended": batch["story_ended"].float().mean(),
         }
         for (name, *_), column in zip(self.scorer.parts, batch["scores"].unbind(1), strict=True):
             values[f"reward/{name}"] = column.mean()
@@ -1032,7 +1112,7 @@ class PPO:
         distinct = [len(set(zip(x, x[1:], strict=False))) / (len(x) - 1) for x in stories if len(x) > 1]
         # of a story's pairs of tokens, how many differ
         values["ppo/distinct_2"] = sum(distinct) / max(len(distinct), 1)
-        nats = -masked_mean(batch["reference_logp"], batch["mask"])
+        nats = -weighted_mean(batch["reference_logp"], batch["mask"])
         values["ppo/reference_perplexity"] = math.exp(min(float(nats), 700))
         record = {"scores": batch["scores"].sum(1).view(-1, samples).cpu(), "lengths": batch["end"].cpu()}
         if self.iter_num == self.first:
