@@ -82,6 +82,7 @@ typedef struct {
     int kv_dim;              // n_kv_heads * head_size
     int bits;                // of a weight: 32 (fp32), 8 or 4
     int group_size;          // int8 or 4-bit values that share a scale; 0 for fp32
+    size_t kv_bytes;         // of a number in Memory: 4 (fp32), or 2 (half floats) beside weights that are rounded
     bool shared_classifier;  // the classifier is the embedding table
     float rope_theta;
     float norm_eps;
@@ -123,10 +124,10 @@ typedef struct {          // the input of a matmul
     size_t width, groups, units;
 } Activation;
 
-typedef struct {      // what attention remembers of one text, in which room grows with it
-    float *keys;      // (n_layers, n_kv_heads, room / LANES, head_size, LANES): neighbouring positions lie together
-    float *values;    // the same
-    int room;         // positions, a multiple of LANES
+typedef struct {            // what attention remembers of one text, in which room grows with it
+    unsigned char *keys;    // (n_layers, n_kv_heads, room / LANES, head_size, LANES) of kv_bytes each: neighbouring
+    unsigned char *values;  // positions lie together; the same
+    int room;               // positions, a multiple of LANES
 } Memory;
 
 typedef struct {      // a token to feed: all positions of its text before pos were fed, or come before it here
@@ -170,8 +171,9 @@ typedef struct {      // one instruction set's; see there
     void (*matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to,
                    float *scratch);
     void (*swiglu)(float *gate, const float *up, int n);
-    void (*attend)(int n, const Query *queries, const float *keys, const float *values, size_t room, int size,
-                   float *scores);
+    void (*remember)(unsigned char *memory, size_t at, const float *v, int size, size_t kv_bytes);
+    void (*attend)(int n, const Query *queries, const unsigned char *keys, const unsigned char *values,
+                   size_t kv_bytes, size_t room, int size, float *scores);
     bool (*finite)(const float *x, int n);
     unsigned char flip;  // packed int8 weights are xor this
 } Kernels;
@@ -364,6 +366,16 @@ static float f16_at(const unsigned char *p) {  // a half float, by moving its bi
     v *= 0x1p112f;  // the difference of the exponents' offsets
     if ((half & 0x7C00) == 0x7C00) v = NAN;  // no weight has such a scale
     return half & 0x8000 ? -v : v;
+}
+
+static uint16_t f16_of(float x) {  // the nearest half float, even at a tie, of a number up to 65504
+    const float v = fabsf(x), shifted = v + 0.5f;  // whose last bit is that of the smallest half floats
+    const uint16_t sign = signbit(x) ? 0x8000 : 0;
+    uint32_t bits;
+    if (isnan(x)) return 0x7E00;
+    memcpy(&bits, v < 0x1p-14f ? &shifted : &v, sizeof bits);
+    if (v < 0x1p-14f) return (uint16_t)(sign | (bits - 0x3F000000));
+    return (uint16_t)(sign | (((bits + 0xFFF + (bits >> 13 & 1)) >> 13) - 0x1C000));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -630,6 +642,7 @@ INLINE I_plain dot8_plain(I_plain sum, Q_plain w, const int8_t *x) {
 #define dot4_plain dot8_plain
 INLINE F_plain float_plain(I_plain a) { F_plain r; EACH r.v[j] = (float)a.v[j]; return r; }
 INLINE F_plain halves_plain(const unsigned char *p) { F_plain r; EACH r.v[j] = f16_at(p + 2 * j); return r; }
+INLINE void store_halves_plain(uint16_t *p, F_plain a) { EACH p[j] = f16_of(a.v[j]); }
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -726,6 +739,11 @@ AVX2 F_avx2 halves_avx2(const unsigned char *p) {
     return (F_avx2){_mm256_cvtph_ps(_mm_loadu_si128(both)), _mm256_cvtph_ps(_mm_loadu_si128(both + 1))};
 }
 
+AVX2 void store_halves_avx2(uint16_t *p, F_avx2 x) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(void *)p + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+
 // AVX-512 with VNNI: Intel servers since 2019, AMD since 2022
 #define TARGET_avx512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define AVX512 INLINE TARGET_avx512
@@ -784,6 +802,9 @@ AVX512 __m512i dot8_avx512(__m512i sum, __m512i w, const int8_t *p) {
 AVX512 __m512 float_avx512(__m512i a) { return _mm512_cvtepi32_ps(a); }
 AVX512 __m512 halves_avx512(const unsigned char *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+AVX512 void store_halves_avx512(uint16_t *p, __m512 x) {
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 #endif  // x86-64
 
@@ -876,6 +897,9 @@ NEON halves_neon(const unsigned char *p) {
     F_neon r;
     FOUR r.v[j] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * j)));
     return r;
+}
+INLINE void store_halves_neon(uint16_t *p, F_neon x) {
+    FOUR vst1_u16(p + 4 * j, vreinterpret_u16_f16(vcvt_f16_f32(x.v[j])));
 }
 #endif  // aarch64
 
@@ -1126,6 +1150,7 @@ static int read_header(Walk *f, Config *c) {
         c->group_size = group;
         c->bits = 4;
     }
+    c->kv_bytes = c->bits == 32 ? sizeof(float) : sizeof(uint16_t);
     return version;
 }
 
@@ -1219,18 +1244,18 @@ static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
 // Room in a text's memory, at least for n positions; never more than a whole context needs.
 static void reserve_memory(Model *m, Memory *memory, int n) {
     const Config *c = &m->config;
-    const size_t heads = (size_t)c->n_layers * (size_t)c->n_kv_heads, size = (size_t)c->head_size;
+    const size_t heads = (size_t)c->n_layers * (size_t)c->n_kv_heads, size = (size_t)c->head_size * c->kv_bytes;
     if (n <= memory->room) return;
     int64_t room = 2 * (int64_t)memory->room > n ? 2 * (int64_t)memory->room : n;
     if (room > c->seq_len) room = c->seq_len;
     if (room < 4 * LANES) room = 4 * LANES;
     room = (room + LANES - 1) / LANES * LANES;
-    float **both[] = {&memory->keys, &memory->values};
+    unsigned char **both[] = {&memory->keys, &memory->values};
     for (int i = 0; i < 2; i++) {
         const size_t old = (size_t)memory->room * size;
-        float *grown = floats(heads * size, room);
+        unsigned char *grown = allocate(heads * size, (size_t)room, 1, "the model's state");
         for (size_t h = 0; old && h < heads; h++) {
-            memcpy(grown + h * (size_t)room * size, *both[i] + h * old, old * sizeof(float));
+            memcpy(grown + h * (size_t)room * size, *both[i] + h * old, old);
         }
         free(*both[i]);
         *both[i] = grown;
@@ -1439,10 +1464,8 @@ static void attention(Model *m, int thread, int layer) {
             float *k = s->k + (size_t)b * c->kv_dim + (size_t)h * size;
             const float *v = s->v + (size_t)b * c->kv_dim + (size_t)h * size;
             rotate(k, size, rope);
-            for (int i = 0; i < size; i++) {
-                row->memory->keys[at + (size_t)i * LANES] = k[i];
-                row->memory->values[at + (size_t)i * LANES] = v[i];
-            }
+            m->kernels->remember(row->memory->keys, at, k, size, c->kv_bytes);
+            m->kernels->remember(row->memory->values, at, v, size, c->kv_bytes);
         }
         Query queries[MAX_QUERIES];
         int n = 0;
@@ -1457,7 +1480,8 @@ static void attention(Model *m, int thread, int layer) {
                 for (int j = 0; j < size; j++) q[j] *= scale;
                 queries[n++] = (Query){q, s->xb.f + (size_t)b * s->xb.width + (size_t)i * size, row->pos};
                 if (n == MAX_QUERIES || (last_of_text && i + 1 == (h + 1) * queries_per_kv)) {
-                    m->kernels->attend(n, queries, row->memory->keys + at, row->memory->values + at, room, size,
+                    m->kernels->attend(n, queries, row->memory->keys + at * c->kv_bytes,
+                                       row->memory->values + at * c->kv_bytes, c->kv_bytes, room, size,
                                        s->scores + (size_t)thread * MAX_QUERIES * s->room);
                     n = 0;
                 }
@@ -2255,7 +2279,7 @@ static void begin_story(Session *s, Story *story, const Tokens *t, uint64_t seed
     const int fed = t->n < s->limit ? t->n : s->limit;
     *story = (Story){.rng = seed, .pos = fed, .prev = BOS, .next = BOS};
     if (first) {
-        const size_t size = (size_t)c->head_size, bytes = round_up((size_t)fed, LANES) * size * sizeof(float);
+        const size_t size = (size_t)c->head_size * c->kv_bytes, bytes = round_up((size_t)fed, LANES) * size;
         reserve_memory(&s->model, &story->memory, fed);
         for (size_t h = 0; h < (size_t)c->n_layers * (size_t)c->n_kv_heads; h++) {
             const size_t to = h * (size_t)story->memory.room * size, from = h * (size_t)first->memory.room * size;
@@ -3138,16 +3162,38 @@ KERNEL void V(swiglu)(float *gate, const float *up, int n) {
     }
 }
 
+// Puts a head's key or value of one position into its place, every LANES-th number from `at` on.
+KERNEL void V(remember)(unsigned char *memory, size_t at, const float *v, int size, size_t kv_bytes) {
+    const F zero = V(set1)(0.0f), least = V(set1)(-65504.0f);  // what a half float holds; a NaN stays one
+    for (int i = 0; i < size; i += LANES) {
+        const int n = size - i < LANES ? size - i : LANES;
+        uint16_t half[LANES];
+        if (kv_bytes == 2) {
+            F x = n == LANES ? V(load)(v + i) : V(load_n)(v + i, n);
+            V(store_halves)(half, V(sub)(zero, V(max)(least, V(sub)(zero, V(max)(least, x)))));
+        }
+        for (int j = 0; j < n; j++, at += LANES) {
+            if (kv_bytes == 2) memcpy(memory + at * 2, &half[j], 2);
+            else memcpy(memory + at * sizeof *v, &v[i + j], sizeof *v);
+        }
+    }
+}
+
+// LANES positions' numbers, of B bytes each
+HELPER F V(recall)(const size_t B, const unsigned char *from, size_t i) {
+    return B == 2 ? V(halves)(from + i * B) : V(load)((const float *)(const void *)from + i);
+}
+
 // Dimensions i to i + E (a multiple of 4) of the values, mixed by the scores
-HELPER void V(mix)(const int N, const int E, const Query *queries, const float *share, const float *values,
-                   size_t room, int size, int blocks, int i, const float *scores) {
+HELPER void V(mix)(const int N, const int E, const size_t B, const Query *queries, const float *share,
+                   const unsigned char *values, size_t room, int size, int blocks, int i, const float *scores) {
     F sum[16][MAX_QUERIES];
     UNROLL for (int e = 0; e < E; e++) UNROLL for (int j = 0; j < N; j++) sum[e][j] = V(set1)(0.0f);
     for (int t = 0; t < blocks; t += LANES) {
         F p[MAX_QUERIES];
         UNROLL for (int j = 0; j < N; j++) p[j] = V(load)(scores + (size_t)j * room + t);
         UNROLL for (int e = 0; e < E; e++) {
-            F v = V(load)(values + (size_t)t * size + (size_t)(i + e) * LANES);
+            F v = V(recall)(B, values, (size_t)t * size + (size_t)(i + e) * LANES);
             UNROLL for (int j = 0; j < N; j++) sum[e][j] = V(fma)(p[j], v, sum[e][j]);
         }
     }
@@ -3162,8 +3208,8 @@ HELPER void V(mix)(const int N, const int E, const Query *queries, const float *
 
 // N query heads over the positions of one key/value head: keys and values (blocks, size, LANES). D vectors of
 // positions, then E of dimensions, are worked on at once. scores (N, room)
-HELPER void V(attend_n)(const int N, const int D, const int E, const Query *queries, const float *keys,
-                        const float *values, size_t room, int size, float *scores) {
+HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, const Query *queries,
+                        const unsigned char *keys, const unsigned char *values, size_t room, int size, float *scores) {
     int last = 0;
     for (int j = 0; j < N; j++) last = queries[j].pos > last ? queries[j].pos : last;
     const int blocks = (int)round_up((size_t)last + 1, LANES);
@@ -3174,13 +3220,14 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const Query *quer
         UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(set1)(0.0f);
         if (left < D) {
             for (int i = 0; i < size; i++) {
-                F k = V(load)(keys + (size_t)t * size + (size_t)i * LANES);
+                F k = V(recall)(B, keys, (size_t)t * size + (size_t)i * LANES);
                 UNROLL for (int j = 0; j < N; j++) sum[0][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[0][j]);
             }
         } else {
             for (int i = 0; i < size; i++) UNROLL for (int d = 0; d < D; d++) {
-                if (N == 1) PREFETCH(values + (size_t)(t + d * LANES) * size + (size_t)i * LANES);
-                F k = V(load)(keys + (size_t)(t + d * LANES) * size + (size_t)i * LANES);
+                const size_t at = (size_t)(t + d * LANES) * size + (size_t)i * LANES;
+                if (N == 1) PREFETCH(values + at * B);
+                F k = V(recall)(B, keys, at);
                 UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[d][j]);
             }
         }
@@ -3195,25 +3242,28 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const Query *quer
         for (int t = (int)round_up((size_t)queries[j].pos + 1, LANES); t < blocks; t++) row[t] = 0.0f;
     }
     int i = 0;
-    for (; i + E <= size; i += E) V(mix)(N, E, queries, share, values, room, size, blocks, i, scores);
-    for (; i + 4 <= size; i += 4) V(mix)(N, 4, queries, share, values, room, size, blocks, i, scores);
+    for (; i + E <= size; i += E) V(mix)(N, E, B, queries, share, values, room, size, blocks, i, scores);
+    for (; i + 4 <= size; i += 4) V(mix)(N, 4, B, queries, share, values, room, size, blocks, i, scores);
     for (; i < size; i++) UNROLL for (int j = 0; j < N; j++) {
         F sum = V(set1)(0.0f);
         for (int t = 0; t < blocks; t += LANES) {
-            F v = V(load)(values + (size_t)t * size + (size_t)i * LANES);
+            F v = V(recall)(B, values, (size_t)t * size + (size_t)i * LANES);
             sum = V(fma)(V(load)(scores + (size_t)j * room + t), v, sum);
         }
         queries[j].out[i] = V(sum)(sum) * share[j];
     }
 }
 
-KERNEL void V(attend)(int n, const Query *queries, const float *keys, const float *values, size_t room, int size,
-                      float *scores) {
-    if (n == 4) V(attend_n)(4, 2, 4, queries, keys, values, room, size, scores);
-    if (n == 3) V(attend_n)(3, 2, 4, queries, keys, values, room, size, scores);
-    if (n == 2) V(attend_n)(2, 4, 8, queries, keys, values, room, size, scores);
-    if (n == 1) V(attend_n)(1, 1, 16, queries, keys, values, room, size, scores);
+#define ATTEND(n, d, e, b) V(attend_n)(n, d, e, b, queries, keys, values, room, size, scores)
+KERNEL void V(attend)(int n, const Query *queries, const unsigned char *keys, const unsigned char *values,
+                      size_t kv_bytes, size_t room, int size, float *scores) {
+    const bool half = kv_bytes == 2;
+    if (n == 4) half ? ATTEND(4, 2, 4, 2) : ATTEND(4, 2, 4, 4);
+    if (n == 3) half ? ATTEND(3, 2, 4, 2) : ATTEND(3, 2, 4, 4);
+    if (n == 2) half ? ATTEND(2, 4, 8, 2) : ATTEND(2, 4, 8, 4);
+    if (n == 1) half ? ATTEND(1, 1, 16, 2) : ATTEND(1, 1, 16, 4);
 }
+#undef ATTEND
 
 // Whether all n are finite
 KERNEL bool V(finite)(const float *x, int n) {
@@ -3227,7 +3277,7 @@ KERNEL bool V(finite)(const float *x, int n) {
 #define NAME_(isa) #isa
 #define NAME(isa) NAME_(isa)
 static const Kernels V(kernels) = {
-    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(attend), V(finite), V(FLIP),
+    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(remember), V(attend), V(finite), V(FLIP),
 };
 
 #undef NAME
