@@ -1202,6 +1202,8 @@ class PPO:
         self.evaluation, self.evaluated = state["evaluation"], state["evaluated"]
         for saved in state["replay"]:
             batch = {key: value.to(self.runtime.device) for key, value in saved.items()}
+            if "mask" in batch:  # as states had it before paths were told past the ends of their stories
+                batch["on"] = batch.pop("mask").float()
             if not self.shared:  # what the reference says to it is quickly made again
                 with self.runtime.gathered(self.reference):
                     features = self.over_parts(batch, lambda ids: self.reference.features(ids))

@@ -41,8 +41,8 @@ needs_stories = pytest.mark.skipif(
 # Builds
 
 # Reads {char kind; uint32 n; n bytes} from stdin. 'e': encode the bytes, print the ids. 's': the bytes are
-# {float temperature, topp; uint64 seed; uint32 draws; float logits[]}: print that many sampled ids. 'h': print the
-# floats as attention remembers them, as half floats' bits, by each instruction set in turn.
+# {float temperature, topp; uint64 seed; uint32 draws; float logits[]}: print that many sampled ids. 'h':
+# print the floats as attention remembers them, as half floats' bits, by each instruction set in turn.
 HARNESS = r"""
 #define TESTING
 #include "run.c"
@@ -425,8 +425,9 @@ def test_logits_int8(builds, tmp_path, group, shape):
     ids, logits = logits_of(builds.checked, path, tokenizer)
     expected = reference_logits(shape, w, ids, group)
     off = np.sort(np.abs(logits - expected).max(axis=1))
-    assert off[-2] < 1e-4  # a difference in the last bit may round a half float, and then an int8, to its neighbour:
-    assert off[-1] < 0.03  # at one position it did
+    # a difference in the last bit may round a half float, and then an int8, to its neighbour:
+    # at one position it did
+    assert off[-2] < 1e-4 and off[-1] < 0.03
     assert np.abs(expected - reference_logits(shape, w, ids)).max() > 1e-3  # it is not the fp32 model
 
 
@@ -484,7 +485,7 @@ def test_every_instruction_set_and_thread_count(builds, tmp_path, tokenizer, ver
 
 
 def test_half_floats(builds):
-    """Keys and values beside int8 or 4-bit weights: rounded as numpy rounds, the largest for what is larger."""
+    """Keys and values beside rounded weights: rounded as numpy rounds, the largest for what is larger."""
     rng = np.random.default_rng(0)
     anything = rng.integers(0, 2**32, 20000, dtype=np.uint64).astype(np.uint32).view(np.float32)
     scale = 10.0 ** rng.uniform(-9, 5, 20000)
@@ -492,7 +493,7 @@ def test_half_floats(builds):
     ties = (every[:0x7BFF].astype(np.float64) + every[1:0x7C00]) / 2
     near = np.nextafter(ties.astype(np.float32), np.float32(rng.choice([-9e9, 9e9], len(ties))))
     x = [rng.normal(size=20000) * scale, ties, -ties, [7.0]]
-    x = np.concatenate([anything, every, near, *(part.astype(np.float32) for part in x[:3]), np.float32(x[3])])
+    x = np.concatenate([anything, every, near, *(np.asarray(part).astype(np.float32) for part in x)])
     with np.errstate(over="ignore", invalid="ignore"):
         expected = np.where(np.isnan(x), x, np.clip(x, -65504, 65504)).astype(np.float16)
     assert len(x) % 16  # the last vector is not full
