@@ -975,7 +975,7 @@ class PPO:
         logp, old = logps.gather(-1, chosen[:, None])[:, 0], of(batch["logp"])
         advantages, clips = of(advantages), (ppo.clip, ppo.clip_high)
         losses, ratio = ppo_loss(logp, old, advantages, *clips)
-        moved = k3(old, logp)
+        moved = reach * k3(old, logp)
         if "going_on" in batch:  # two choices: to go on or to end; if on, with which of the other tokens
             end, end_was = logps[:, self.tokenizer.bos_id], of(batch["end_logp"])
             on, on_was = log_not(end), log_not(end_was)

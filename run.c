@@ -738,7 +738,6 @@ AVX2 F_avx2 halves_avx2(const unsigned char *p) {
     const __m128i *both = (const __m128i *)(const void *)p;
     return (F_avx2){_mm256_cvtph_ps(_mm_loadu_si128(both)), _mm256_cvtph_ps(_mm_loadu_si128(both + 1))};
 }
-
 AVX2 void store_halves_avx2(uint16_t *p, F_avx2 x) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i *)(void *)p + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));

@@ -387,11 +387,12 @@ def test_stories_of_paths_are_the_policys(enumerated):
     assert 0.1 < float((r.story_end < r.end).float().mean())
 
 
-def test_a_row_depends_on_its_prompt_and_numbers_alone():
+@pytest.mark.parametrize("past", [False, True])
+def test_a_row_depends_on_its_prompt_and_numbers_alone(past):
     net, (prompts, u) = tiny(), ragged()
-    whole = rollout(net, prompts, 20, END, u, u[:, 3])
+    whole = rollout(net, prompts, 20, END, u, u[:, 3] if past else None)
     for rows in ([3], [0, 13], [9, 4, 12, 1]):
-        part = rollout(net, [prompts[i] for i in rows], 20, END, u[rows], u[rows, 3])
+        part = rollout(net, [prompts[i] for i in rows], 20, END, u[rows], u[rows, 3] if past else None)
         assert torch.equal(part.story_end, whole.story_end[rows])
         T = part.tokens.shape[1]
         assert torch.equal(part.tokens, whole.tokens[rows, :T]) and torch.equal(part.end, whole.end[rows])
@@ -977,7 +978,7 @@ def test_the_loss_term_by_term(kl_penalty, exact_end):
                 k3 += (reach * (was.exp() * (was - p[t, END]) - (1 - was.exp()) * on.log())).item()
                 k3 += (went_on * (ratio / on - 1 - (ratio / on).log())).item()
             else:
-                k3 += (ratio - 1 - ratio.log()).item()
+                k3 += (reach * (ratio - 1 - ratio.log())).item()
     assert 0.02 < clipped / float(batch["reach"][mask].sum()) < 0.9
     ours, stats = run.loss(batch, advantages, scale, torch.arange(16))
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -1264,6 +1265,19 @@ def test_evaluation_tells_what_it_says(evaluated):
     assert told["regret"] == pytest.approx(told["J_optimum"] - told["J"])
     again = {name.removeprefix("ppo/eval/"): value for name, value in run.evaluate().items()}
     assert again == told  # the same random numbers
+
+
+def test_a_state_with_replays_of_before():
+    """It had a mask, where now is the share of stories that a choice is made for."""
+    run, other = make_run(), make_run()
+    run.iteration()
+    state = run.state()
+    for kept in state["replay"]:
+        assert set(kept["on"].unique().tolist()) == {0.0, 1.0}
+        kept["mask"] = kept.pop("on") > 0
+    other.resume(state, "ppo_ckpt.pt")
+    assert len(other.replay) == 1 and same(other.state()["replay"], run.state()["replay"])
+    assert other.iteration()["ppo/steps"] > 0
 
 
 def test_of_paths_their_stories_are_described():

@@ -418,16 +418,13 @@ def test_logits_fp32(builds, tmp_path, tokenizer, version, shape):
     (32, Shape(dim=64, hidden_dim=96, rope_theta=300.0, norm_eps=0.1)),
 ])
 def test_logits_int8(builds, tmp_path, group, shape):
-    w = random_weights(shape)
+    w = random_weights(shape, seed=2)  # no last bit of theirs rounds a half float, then an int8, differently
     path, tokenizer = tmp_path / "model.bin", tmp_path / "tok.bin"
     path.write_bytes(model_bytes(shape, w, 2, group))
     tokenizer.write_bytes(tokenizer_of(shape.vocab_size))
     ids, logits = logits_of(builds.checked, path, tokenizer)
     expected = reference_logits(shape, w, ids, group)
-    off = np.sort(np.abs(logits - expected).max(axis=1))
-    # a difference in the last bit may round a half float, and then an int8, to its neighbour:
-    # at one position it did
-    assert off[-2] < 1e-4 and off[-1] < 0.03
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
     assert np.abs(expected - reference_logits(shape, w, ids)).max() > 1e-3  # it is not the fp32 model
 
 
