@@ -264,7 +264,7 @@ class Scorer:
                     f"--reward={name} is not known; give --reward=length, keyword or FILE.py:FUNCTION"
                 )
             name = name.rpartition(":")[2]
-            if cfg.exact_end and not hasattr(reward, "if_ended"):
+            if cfg.exact_end and not callable(getattr(reward, "if_ended", None)):
                 raise SystemExit(
                     f"--exact_end needs rewards that tell what ending anywhere would score; {name} does not: "
                     "leave --exact_end out, or give your function an attribute if_ended (see README.md)"
@@ -295,7 +295,8 @@ class Scorer:
                 total += weight * scores
             except Exception as e:  # the user's code may raise anything
                 raise SystemExit(
-                    f"if_ended of the reward {name} failed with {type(e).__name__}: {e}"
+                    f"if_ended of the reward {name} failed with {type(e).__name__}: {e}; repair it, or leave "
+                    "--exact_end out"
                 ) from None
         return total
 
@@ -435,6 +436,7 @@ def rollout(
         logp[where], features[where] = step_logp[real], step_features[real].float()
         reach[where] = step_reach[real]
     ended = torch.tensor([bool(ids) and ids[-1] == end_id for ids in new])
+    story[start + story > end] = 0  # rows cut off at a cap may have been asked on
     story_end, story_ended = torch.where(story > 0, start + story, end), ended | (story > 0)
     columns = (tokens, start, end, ended, story_end, story_ended)
     return Rollout(*(x.to(device) for x in columns), logp, reach, features)
@@ -476,6 +478,12 @@ def whiten(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.T
     mean = weighted_mean(x, weight)
     deviation = (weighted_mean((x - mean).square(), weight) + 1e-8).sqrt()
     return torch.where(weight > 0, (x - mean) / deviation, 0.0), deviation
+
+
+def explained_variance(x: torch.Tensor, guess: torch.Tensor, weight: torch.Tensor) -> float:
+    """Share of the weighted variance of x that guess explains, at most 1; 0 where there is none."""
+    spread, left = (weighted_mean((y - weighted_mean(y, weight)).square(), weight) for y in (x, x - guess))
+    return float(1 - left / spread) if spread > 0 else 0.0
 
 
 def k1(logp: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -528,17 +536,18 @@ def gae(
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def group_advantages(returns: torch.Tensor, group_size: int, kind: str) -> torch.Tensor:
-    """Advantages (N,) of returns (N,), responses to one prompt lying together.
+def group_baseline(returns: torch.Tensor, group_size: int, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to subtract from each of the returns (N,), and to divide by, (N,) each.
 
-    rloo: return minus the mean of the others' (Ahmadian et al. 2024); grpo: minus the mean of all, over their
-    deviation (Shao et al. 2024).
+    Responses to one prompt lie together. rloo: the mean of the others' (Ahmadian et al. 2024) and 1; grpo:
+    the mean of all and their deviation (Shao et al. 2024).
     """
     groups = returns.view(-1, group_size)
-    mean = groups.mean(1, keepdim=True)
     if kind == "rloo":
-        return ((groups - mean) * group_size / (group_size - 1)).flatten()
-    return ((groups - mean) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+        others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+        return others.flatten(), torch.ones_like(returns)
+    mean, deviation = groups.mean(1, keepdim=True), groups.std(1, keepdim=True) + 1e-4
+    return mean.expand_as(groups).flatten(), deviation.expand_as(groups).flatten()
 
 
 def ppo_loss(
@@ -904,9 +913,10 @@ class PPO:
     def advantages(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Whitened advantages (N, T-1), and the deviation they were divided by.
 
-        Adds to batch the returns and "on", the share of a path's stories that a choice is made for. With
-        exact_end both, and the advantages, are of the choice among the other tokens than the end, and
-        "going_on" tells how much more it brings to make that choice than to end.
+        Adds to batch the returns, "on", the share of a path's stories that a choice is made for, and "unit"
+        (N, 1), by which what an episode gains or costs is multiplied: with grpo 1 / its group's deviation.
+        With exact_end all of it is of the choice among the other tokens than the end, and "going_on" tells
+        how much more it brings to make that choice than to end.
         """
         ppo, mask, rewards = self.ppo, batch["mask"], self.rewards(batch)
         hazard = ending = torch.zeros_like(rewards)
@@ -915,7 +925,7 @@ class PPO:
         batch["on"] = batch["reach"] * (1 - hazard)
         # targets without bias, whatever the critic thinks so far
         returns = gae(rewards, torch.zeros_like(rewards), mask, 1.0, hazard=hazard, ending=ending)[1]
-        batch["returns"] = returns
+        batch["returns"], batch["unit"] = returns, torch.ones_like(returns[:, :1])
         if self.critic is not None:
             batch["values"] = self.values(batch)
             advantages, _ = gae(rewards, batch["values"], mask, ppo.lam, hazard=hazard, ending=ending)
@@ -924,11 +934,14 @@ class PPO:
             advantages = returns
         else:
             totals = torch.lerp(returns, ending, hazard).gather(1, batch["start"][:, None] - 1)[:, 0]
-            advantages = group_advantages(totals, ppo.group_size, ppo.advantage)
-            advantages = advantages[:, None].expand_as(rewards)
+            baseline, deviation = group_baseline(totals, ppo.group_size, ppo.advantage)
+            batch["unit"] = 1 / deviation[:, None]
+            # a path's total holds what a choice brings as often as it is reached: on weighs it so again
+            gained = returns if ppo.exact_end else totals[:, None].expand_as(rewards)
+            advantages = (gained - baseline[:, None]) * batch["unit"]
         advantages, scale = whiten(advantages, batch["on"])
         if ppo.exact_end:
-            batch["going_on"] = torch.where(batch["on"] > 0, returns - ending, 0.0)
+            batch["going_on"] = torch.where(batch["on"] > 0, batch["unit"] * (returns - ending), 0.0)
             advantages = ppo.others * advantages
         return advantages, scale
 
@@ -973,34 +986,38 @@ class PPO:
         logps = logits.float().log_softmax(-1)  # (n, V)
         chosen, reach, went_on = of(batch["tokens"][:, 1:]), of(batch["reach"]), of(batch["on"])
         logp, old = logps.gather(-1, chosen[:, None])[:, 0], of(batch["logp"])
+        priced = reach * of(batch["unit"].expand_as(batch["reach"]))
         advantages, clips = of(advantages), (ppo.clip, ppo.clip_high)
         losses, ratio = ppo_loss(logp, old, advantages, *clips)
-        moved = reach * k3(old, logp)
+        ratios, moved = [ratio], reach * k3(old, logp)
         if "going_on" in batch:  # two choices: to go on or to end; if on, with which of the other tokens
             end, end_was = logps[:, self.tokenizer.bos_id], of(batch["end_logp"])
             on, on_was = log_not(end), log_not(end_was)
-            losses = ppo_loss(on, on_was, of(batch["going_on"]) / scale, *clips)[0]
-            losses = losses + ppo_loss(logp - on, old - on_was, advantages, *clips)[0]
+            first, second = (
+                ppo_loss(on, on_was, of(batch["going_on"]) / scale, *clips),
+                ppo_loss(logp - on, old - on_was, advantages, *clips),
+            )
+            losses, ratios = first[0] + second[0], [first[1], second[1]]
             moved = went_on * k3(old - on_was, logp - on)
             moved = moved + reach * exact_kl(torch.stack([on_was, end_was], -1), torch.stack([on, end], -1))
         losses = went_on * losses
         entropy = -(logps.exp() * logps).sum(-1)
-        total = losses.sum() - ppo.ent_coef / scale * (reach * entropy).sum()
+        total = losses.sum() - ppo.ent_coef / scale * (priced * entropy).sum()
         if ppo.kl_penalty == "exact":
             with torch.no_grad():
                 reference = self.reference.output(of(batch["reference"])).float().log_softmax(-1)
-            total = total + self.beta / scale * (reach * exact_kl(logps, reference)).sum()
+            total = total + self.beta / scale * (priced * exact_kl(logps, reference)).sum()
         value_loss = torch.zeros(())
         if self.shared:
             values = self.critic(features, batch["tokens"][part, :width])[inside]
             value_loss = (went_on * (values - of(batch["returns"])).square()).sum()
             total = total + ppo.vf_coef * value_loss
         with torch.no_grad():
-            clipped = (ratio < 1 - ppo.clip) | (ratio > 1 + ppo.clip_high)
+            clipped = sum((r < 1 - ppo.clip) | (r > 1 + ppo.clip_high) for r in ratios) > 0
             stats = [
                 moved.sum(),
                 losses.sum(),
-                (reach * clipped).sum(),
+                (went_on * clipped).sum(),
                 (reach * (ratio - 1).abs()).sum(),
                 value_loss,
             ]
@@ -1037,11 +1054,10 @@ class PPO:
         values = self.describe(batch) | {"ppo/beta": self.beta, "lr": self.learning_rate()}
         advantages, scale = self.advantages(batch)
         if self.critic is not None:
-            mask, returns = batch["on"] > 0, batch["returns"]
-            left = (returns - batch["values"])[mask].var() / returns[mask].var()
+            on, returns = batch["on"], batch["returns"]
             values |= {
-                "ppo/explained_variance": 1 - float(left),
-                "ppo/value": float(batch["values"][mask].mean()),
+                "ppo/explained_variance": explained_variance(returns, batch["values"], on),
+                "ppo/value": float(weighted_mean(batch["values"], on)),
             }
         warmup = self.critic is not None and self.iter_num < self.first + ppo.critic_warmup
         if warmup or (self.critic is not None and not self.shared):
@@ -1163,8 +1179,9 @@ class PPO:
                 f"{path} was trained from other weights than {self.cfg.out_dir}/ckpt.pt holds; put those "
                 f"back, or move {path} away to begin anew"
             )
-        for name in ("reward", "target_len", "keywords"):  # the optimum and the critic's replay are of those
-            if (was := state["config"].get(name)) != getattr(self.ppo, name):
+        # the optimum and the critic's replay are of those
+        for name in ("reward", "target_len", "keywords", "exact_end"):
+            if (was := state["config"].get(name, False)) != getattr(self.ppo, name):
                 raise SystemExit(
                     f"{path} was trained with --{name}={was}, which cannot change during a run; give that, "
                     f"or move {path} away to begin anew"
@@ -1185,7 +1202,7 @@ class PPO:
         except (RuntimeError, ValueError, KeyError) as e:
             raise SystemExit(
                 f"{path} does not fit these flags ({' '.join(str(e).split())[:100]}): --advantage, --critic, "
-                "--exact_end, --others and --train_only cannot change during a run; move "
+                "--train_only, and whether --others is 0, cannot change during a run; move "
                 f"{path} away to begin anew"
             ) from None
         self.iter_num, self.first, self.best = state["iter_num"], state["first_iter"], state["best_J"]

@@ -389,10 +389,14 @@ def test_stories_of_paths_are_the_policys(enumerated):
 
 @pytest.mark.parametrize("past", [False, True])
 def test_a_row_depends_on_its_prompt_and_numbers_alone(past):
-    net, (prompts, u) = tiny(), ragged()
-    whole = rollout(net, prompts, 20, END, u, u[:, 3] if past else None)
-    for rows in ([3], [0, 13], [9, 4, 12, 1]):
-        part = rollout(net, [prompts[i] for i in rows], 20, END, u[rows], u[rows, 3] if past else None)
+    net, prompts = tiny(scale=2 if past else 8), ragged(60)[0]
+    # they fill the context at different times
+    prompts = [prompt + [3] * (k % 9) for k, prompt in enumerate(prompts)]
+    u = torch.rand(len(prompts), 30, generator=torch.Generator().manual_seed(0))
+    whole = rollout(net, prompts, 30, END, u, u[:, 29] if past else None)
+    assert (whole.story_end <= whole.end).all() and not whole.story_ended.all()
+    for rows in ([3], [0, 13], [9, 4, 12, 1], *([i] for i in range(14, 62))):
+        part = rollout(net, [prompts[i] for i in rows], 30, END, u[rows], u[rows, 29] if past else None)
         assert torch.equal(part.story_end, whole.story_end[rows])
         T = part.tokens.shape[1]
         assert torch.equal(part.tokens, whole.tokens[rows, :T]) and torch.equal(part.end, whole.end[rows])
@@ -686,15 +690,33 @@ def test_adaptive_beta_moves_both_ways():
     assert fixed.beta == 0.1
 
 
-def test_group_advantages_by_hand():
+def test_group_baselines_by_hand():
     returns = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
-    rloo = ppo.group_advantages(returns, 3, "rloo").tolist()
-    assert rloo == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 0 - 1.5, 0 - 1.5, 3 - 0])
-    grpo = ppo.group_advantages(returns, 3, "grpo").tolist()
-    deviations = [math.sqrt((4 + 1 + 9) / 2) + 1e-4, math.sqrt((1 + 1 + 4) / 2) + 1e-4]
-    expected = [-2, -1, 3, -1, -1, 2]
-    assert grpo == pytest.approx([x / deviations[i // 3] for i, x in enumerate(expected)])
-    assert ppo.group_advantages(torch.ones(4), 2, "grpo").tolist() == [0, 0, 0, 0]
+    baseline, deviation = ppo.group_baseline(returns, 3, "rloo")
+    assert baseline.tolist() == pytest.approx([4, 3.5, 1.5, 1.5, 1.5, 0]) and deviation.tolist() == [1] * 6
+    baseline, deviation = ppo.group_baseline(returns, 3, "grpo")
+    assert baseline.tolist() == pytest.approx([3, 3, 3, 1, 1, 1])
+    expected = [math.sqrt((4 + 1 + 9) / 2) + 1e-4, math.sqrt((1 + 1 + 4) / 2) + 1e-4]
+    assert deviation.tolist() == pytest.approx([expected[0]] * 3 + [expected[1]] * 3)
+    assert all(x.isfinite().all() for x in ppo.group_baseline(torch.ones(4), 2, "grpo"))
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_group_advantages_are_the_totals_less_the_baseline(kind):
+    run = make_run(advantage=kind, group_size=4, kl_penalty="k1")
+    nudge(run.policy, 0.1)
+    prompts = [prompt for prompt in some_prompts(0, 4) for _ in range(4)]
+    batch = run.collect(prompts, torch.rand(16, 16, generator=torch.Generator().manual_seed(0)))
+    advantages, scale = run.advantages(batch)
+    totals = (batch["scores"].sum(1) - 0.1 * (batch["k1"] * batch["mask"]).sum(1)).view(4, 4).double().numpy()
+    if kind == "rloo":
+        expected = totals - (totals.sum(1, keepdims=True) - totals) / 3
+    else:
+        expected = (totals - totals.mean(1, keepdims=True)) / (totals.std(1, ddof=1, keepdims=True) + 1e-4)
+    rows = np.where(batch["mask"], expected.reshape(16, 1), np.nan)
+    assert float(scale) == pytest.approx(np.nanstd(rows), rel=1e-4)
+    rows = np.nan_to_num((rows - np.nanmean(rows)) / np.nanstd(rows))
+    np.testing.assert_allclose(advantages.numpy(), rows, atol=1e-4)
 
 
 def test_best_of_n_by_enumeration():
@@ -819,14 +841,18 @@ def paths_of(net: Transformer, length: int, past_end: float) -> tuple[list[list[
 
 @pytest.mark.parametrize("past_end", [None, 0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kl_penalty", ["exact", "k1"])
-def test_the_expected_gradient_is_that_of_the_objective(enumerated, kl_penalty, past_end, monkeypatch):
-    """At ratio 1: E[d loss] = -d J, J = E[R] - beta KL(stories), the expectation a sum over all stories; or
-    over all paths, told on past the end all the way, half, or not at all.
+@pytest.mark.parametrize("advantage, size", [("gae", 1), ("rloo", 2)])
+def test_the_expected_gradient_is_that_of_the_objective(
+    enumerated, kl_penalty, past_end, advantage, size, monkeypatch
+):
+    """At ratio 1: E[d loss] = -d J, J = E[R] - beta KL(stories), the expectation a sum over all stories (with
+    rloo over all groups of two); or over all paths, told on past the end all the way, half, or not at all.
     """
     exact_end = past_end is not None
-    run, batch, stories, scores = enumerated(kl_penalty=kl_penalty, init_kl_coef=0.4, exact_end=exact_end)
+    flags = {"advantage": advantage, "group_size": size, "kl_penalty": kl_penalty, "exact_end": exact_end}
+    run, _, paths, scores = enumerated(init_kl_coef=0.4, **flags)
     params = list(run.policy.parameters())
-    logp, ref = log_probs(run.policy, stories), log_probs(run.reference, stories).detach()
+    logp, ref = log_probs(run.policy, paths), log_probs(run.reference, paths).detach()
     J = (logp.exp() * (scores - 0.4 * (logp - ref))).sum()
     expected = torch.autograd.grad(-J, params)
     probabilities = logp.detach().exp().tolist()
@@ -834,19 +860,44 @@ def test_the_expected_gradient_is_that_of_the_objective(enumerated, kl_penalty, 
         monkeypatch.setattr(ppo, "PAST_END", past_end)
         paths, probabilities = paths_of(run.policy, 4, past_end)
         assert sum(probabilities) == pytest.approx(1) and len(paths) == {0.0: 8, 0.5: 14, 1.0: 15}[past_end]
-        with monkeypatch.context() as patch:
-            scripted(patch)
-            none = torch.zeros(len(paths))
-            batch = run.collect([[END]] * len(paths), script([path[1:] for path in paths], 3), none)
-        assert batch_ids(batch) == paths
+    groups = list(itertools.product(range(len(paths)), repeat=size))
+    rows = [paths[i] for group in groups for i in group]
+    with monkeypatch.context() as patch:
+        scripted(patch)
+        until = torch.zeros(len(rows)) if exact_end else None
+        batch = run.collect([[END]] * len(rows), script([row[1:] for row in rows], 3), until)
+    assert batch_ids(batch) == rows
     monkeypatch.setattr(ppo, "whiten", lambda x, weight: (x, torch.tensor(1.0)))
     advantages, scale = run.advantages(batch)
     total = 0.0
-    for i, p in enumerate(probabilities):
-        total = total + p * run.loss(batch, advantages, scale, torch.tensor([i]))[0]
+    for n, group in enumerate(groups):
+        p = math.prod(probabilities[i] for i in group) / size
+        part = torch.arange(n * size, (n + 1) * size)
+        total = total + p * run.loss(batch, advantages, scale, part)[0]
     for ours, theirs in zip(torch.autograd.grad(total, params), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
     assert max(g.abs().max() for g in expected) > 0.05
+
+
+@pytest.mark.parametrize("exact_end", [False, True])
+@pytest.mark.parametrize("advantage, size", [("gae", 1), ("rloo", 4), ("grpo", 4)])
+def test_the_unit_of_rewards_does_not_matter(advantage, size, exact_end):
+    """Ten times the reward at ten times the price of a nat: the same gradient."""
+    gradients = []
+    for unit in (1, 10):
+        flags = {"advantage": advantage, "group_size": size, "exact_end": exact_end}
+        run = make_run(init_kl_coef=0.1 * unit, ent_coef=0.02 * unit, **flags)
+        run.scorer.parts = [("length", float(unit), ppo.length_reward(8))]
+        nudge(run.policy, 0.1)
+        prompts = [prompt for prompt in some_prompts(0, 16 // size) for _ in range(size)]
+        g = torch.Generator().manual_seed(0)
+        u, until = torch.rand(16, 16, generator=g), torch.rand(16, generator=g)
+        batch = run.collect(prompts, u, until if exact_end else None)
+        loss = run.loss(batch, *run.advantages(batch), torch.arange(16))[0]
+        gradients.append(torch.cat([x.flatten() for x in torch.autograd.grad(loss, run.trained)]))
+    # but for what keeps deviations from being 0
+    atol = 1e-3 * float(gradients[0].abs().max())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=5e-3, atol=atol)
 
 
 def test_what_a_story_would_score_if_it_ended():
@@ -946,6 +997,7 @@ def test_the_loss_term_by_term(kl_penalty, exact_end):
     mask = batch["mask"]
     batch["returns"] = torch.randn(mask.shape, generator=g)
     batch["reach"], batch["on"] = torch.rand(2, *mask.shape, generator=g)
+    batch["unit"] = torch.rand(len(mask), 1, generator=g) + 0.5
     advantages, scale = torch.randn(mask.shape, generator=g), torch.tensor(0.7)
     if exact_end:
         batch["going_on"] = torch.randn(mask.shape, generator=g)
@@ -968,11 +1020,12 @@ def test_the_loss_term_by_term(kl_penalty, exact_end):
                 terms = [(on, batch["going_on"][n, t].double() / 0.7), (ratio / on, terms[0][1])]
             for r, A in terms:
                 expected = expected - went_on * torch.minimum(A * r, A * r.clamp(0.9, 1.3))
-            expected = expected + reach * 0.02 / 0.7 * (p[t].exp() * p[t]).sum()
+            priced = reach * batch["unit"][n].item()
+            expected = expected + priced * 0.02 / 0.7 * (p[t].exp() * p[t]).sum()
             expected = expected + went_on * 0.3 * (values[t] - batch["returns"][n, t].double()) ** 2
             if kl_penalty == "exact":
-                expected = expected + reach * 0.1 / 0.7 * (p[t].exp() * (p[t] - q[t])).sum()
-            clipped += reach.item() * (not 0.9 <= ratio <= 1.3)
+                expected = expected + priced * 0.1 / 0.7 * (p[t].exp() * (p[t] - q[t])).sum()
+            clipped += went_on.item() * any(not 0.9 <= r <= 1.3 for r, _ in terms)
             if exact_end:  # the KL of ending or not, and an estimate of that among the others
                 was = batch["end_logp"][n, t].double()
                 k3 += (reach * (was.exp() * (was - p[t, END]) - (1 - was.exp()) * on.log())).item()
@@ -1192,6 +1245,9 @@ def test_explained_variance_and_value_are_logged_as_defined():
     seen, advantages = {}, run.advantages
     run.advantages = lambda batch: seen.update(batch=batch) or advantages(batch)
     logged, batch = run.iteration(), seen["batch"]
+    assert ppo.explained_variance(torch.ones(3), torch.rand(3), torch.ones(3)) == 0
+    x, weight = torch.tensor([1.0, 2.0, 9.0]), torch.tensor([3.0, 1.0, 0.0])  # variances 3/16 and 3/64
+    assert ppo.explained_variance(x, torch.tensor([0.5, 1.0, 4.0]), weight) == pytest.approx(0.75)
     rewards, mask = run.rewards(batch).double().numpy(), batch["mask"].numpy()
     values = batch["values"].double().numpy()
     returns = np.flip(np.cumsum(np.flip(rewards, 1), 1), 1)[mask]
@@ -1800,12 +1856,20 @@ def test_another_reference_is_refused(tune, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--critic=separate", "--critic=shared", "--train_only=norm", "--exact_end --others=0"]
+    "before, after",
+    [
+        ("", "--critic=separate"),
+        ("", "--critic=shared"),
+        ("", "--train_only=norm"),
+        ("", "--exact_end"),
+        ("--exact_end", ""),
+        ("--exact_end --others=0.5", "--exact_end --others=0"),
+    ],
 )
-def test_what_cannot_change_during_a_run(flag, tune):
-    tune("out", "--ppo_iters=1", "--critic=reference")
+def test_what_cannot_change_during_a_run(before, after, tune):
+    tune("out", "--ppo_iters=1", "--critic=reference", *before.split())
     with pytest.raises(SystemExit) as e:
-        tune("out", "--ppo_iters=2", *flag.split())
+        tune("out", "--ppo_iters=2", *after.split())
     assert "cannot change during a run" in one_line(e)
 
 
