@@ -1053,7 +1053,7 @@ def gradients(run: PPO, batch: dict) -> list[dict]:
         seen.append({n: p.grad.clone() for n, p in zip(names, run.policy.parameters(), strict=True)})
 
     run.optimizer.step = step
-    batch = batch | {"on": batch["reach"]}
+    batch = batch | {"on": batch["reach"], "unit": torch.ones(len(batch["reach"]), 1)}
     g = torch.Generator().manual_seed(5)
     run.improve(batch, torch.randn(batch["mask"].shape, generator=g), torch.tensor(1.0))
     return seen
@@ -1862,7 +1862,7 @@ def test_another_reference_is_refused(tune, tmp_path):
         ("", "--critic=shared"),
         ("", "--train_only=norm"),
         ("", "--exact_end"),
-        ("--exact_end", ""),
+        ("--exact_end", "--exact_end=False"),
         ("--exact_end --others=0.5", "--exact_end --others=0"),
     ],
 )
