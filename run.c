@@ -640,6 +640,7 @@ INLINE I_plain dot8_plain(I_plain sum, Q_plain w, const int8_t *x) {
     return sum;
 }
 #define dot4_plain dot8_plain
+#define total4_plain(sum) (sum)
 INLINE F_plain float_plain(I_plain a) { F_plain r; EACH r.v[j] = (float)a.v[j]; return r; }
 INLINE F_plain halves_plain(const unsigned char *p) { F_plain r; EACH r.v[j] = f16_at(p + 2 * j); return r; }
 INLINE void store_halves_plain(uint16_t *p, F_plain a) { EACH p[j] = f16_of(a.v[j]); }
@@ -729,10 +730,14 @@ AVX2 I_avx2 dot8_avx2(I_avx2 sum, Q_avx2 w, const int8_t *p) {
     sum.b = _mm256_add_epi32(sum.b, pairs_avx2(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b)));
     return sum;
 }
+// Of 4-bit weights, all 8 sums of two products that a group adds up, at most 15 * 127 each, fit in an int16.
 AVX2 I_avx2 dot4_avx2(I_avx2 sum, Q_avx2 w, const int8_t *p) {
     __m256i x = _mm256_set1_epi32(i32_at((const unsigned char *)p));
-    return (I_avx2){_mm256_add_epi32(sum.a, pairs_avx2(w.a, x)), _mm256_add_epi32(sum.b, pairs_avx2(w.b, x))};
+    return (I_avx2){_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x)),
+                    _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x))};
 }
+BOTHI(total4_avx2(I_avx2 x), _mm256_madd_epi16(x.a, _mm256_set1_epi16(1)),
+      _mm256_madd_epi16(x.b, _mm256_set1_epi16(1)))
 BOTH(float_avx2(I_avx2 x), _mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b))
 AVX2 F_avx2 halves_avx2(const unsigned char *p) {
     const __m128i *both = (const __m128i *)(const void *)p;
@@ -798,6 +803,7 @@ AVX512 __m512i dot8_avx512(__m512i sum, __m512i w, const int8_t *p) {
     return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(i32_at((const unsigned char *)p)));
 }
 #define dot4_avx512 dot8_avx512
+#define total4_avx512(sum) (sum)
 AVX512 __m512 float_avx512(__m512i a) { return _mm512_cvtepi32_ps(a); }
 AVX512 __m512 halves_avx512(const unsigned char *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
@@ -891,6 +897,7 @@ INLINE I_neon dot8_neon(I_neon sum, Q_neon w, const int8_t *p) {
     return sum;
 }
 #define dot4_neon dot8_neon
+#define total4_neon(sum) (sum)
 NEON float_neon(I_neon a) { F_neon r; FOUR r.v[j] = vcvtq_f32_s32(a.v[j]); return r; }
 NEON halves_neon(const unsigned char *p) {
     F_neon r;
@@ -906,21 +913,25 @@ INLINE void store_halves_neon(uint16_t *p, F_neon x) {
 // The kernels of all instruction sets
 
 #define ISA plain
-#define TILE 1
-#define TILE_F32 1
+#define TILE 1       // rows of x that a band is multiplied with at once, for which there are registers;
+#define TILE_TWO 1   // that two bands are;
+#define TILE_F32 1   // that four rows are
 #include "run.c"
 #if defined(__x86_64__) && defined(__GNUC__)
     #define ISA avx2
-    #define TILE 2
+    #define TILE 4
+    #define TILE_TWO 2
     #define TILE_F32 1
     #include "run.c"
     #define ISA avx512
     #define TILE 8
+    #define TILE_TWO 8
     #define TILE_F32 4
     #include "run.c"
 #elif defined(__aarch64__) && defined(__GNUC__)
     #define ISA neon
     #define TILE 2
+    #define TILE_TWO 2
     #define TILE_F32 1
     #include "run.c"
 #endif
@@ -2996,10 +3007,8 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
     for (size_t g = 0; g < w->groups; g++, values += vectors * BAND, q += units * 4) {
         const size_t at = (size_t)row * x->groups + g;
         I dots[4][8][4];
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {
-            UNROLL for (int k = 0; k < S; k++) {
-                dots[r][c][k] = V(seti)(k ? 0 : x->bias[at + (size_t)c * x->groups]);
-            }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) UNROLL for (int k = 0; k < S; k++) {
+            dots[r][c][k] = V(seti)(k || bits == 4 ? 0 : x->bias[at + (size_t)c * x->groups]);
         }
         const size_t step = bits == 4 ? 2 : 1;  // units in a vector
         for (size_t u = 0; u < vectors; u += (size_t)S) {
@@ -3020,8 +3029,10 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
             const unsigned char *p = scales + ((size_t)r * apart * w->groups + g) * LANES * scale_bytes;
             F scale = bits == 4 ? V(halves)(p) : V(load)((const float *)(const void *)p);
             UNROLL for (int c = 0; c < C; c++) {
-                I dot = dots[r][c][0];
-                UNROLL for (int k = 1; k < S; k++) dot = V(addi)(dot, dots[r][c][k]);
+                I dot = bits == 4 ? V(seti)(x->bias[at + (size_t)c * x->groups]) : dots[r][c][0];
+                UNROLL for (int k = bits == 8; k < S; k++) {
+                    dot = V(addi)(dot, bits == 4 ? V(total4)(dots[r][c][k]) : dots[r][c][k]);
+                }
                 F part = V(mul)(V(mul)(V(float)(dot), scale), V(set1)(x->scale[at + (size_t)c * x->groups]));
                 sums[r][c] = V(add)(sums[r][c], part);
             }
@@ -3069,7 +3080,7 @@ KERNEL void V(matmul_many)(const Tensor *w, const Activation *x, int n, float *o
             for (size_t i = 0; i < cols; i++) to[i * LANES] = row < (size_t)w->rows ? w->f[row * cols + i] : 0.0f;
         }
         int b = 0;
-        for (; two && b + TILE <= n; b += TILE) V(tile_bands)(2, TILE, scratch, w, band, 1, x, b, out, ldo);
+        for (; two && b + TILE_TWO <= n; b += TILE_TWO) V(tile_bands)(2, TILE_TWO, scratch, w, band, 1, x, b, out, ldo);
         for (; two && b < n; b++) V(tile_bands)(2, 1, scratch, w, band, 1, x, b, out, ldo);
         for (; b < n; b++) V(tile_bands)(1, 1, scratch, w, band, 1, x, b, out, ldo);
     }
@@ -3087,11 +3098,14 @@ HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t band, size
 // R bands times the rows of x from `row` to n, fewer than TILE
 HELPER void V(tiles)(const int R, const Tensor *w, size_t band, size_t apart, const Activation *x, int row, int n,
                      float *out, size_t ldo) {
-    for (; TILE > 4 && row + 4 <= n; row += 4) {  // two bands at a time: there are 32 registers
+    for (; TILE_TWO > 4 && row + 4 <= n; row += 4) {  // two bands at a time: there are 32 registers
         V(tile)(R < 2 ? R : 2, 4, w, band, apart, x, row, out, ldo);
         if (R > 2) V(tile)(R < 3 ? 1 : R - 2, 4, w, band + 2 * apart, apart, x, row, out, ldo);
     }
-    for (; TILE > 2 && row + 2 <= n; row += 2) V(tile)(R, 2, w, band, apart, x, row, out, ldo);
+    for (; TILE_TWO > 2 && row + 2 <= n; row += 2) V(tile)(R, 2, w, band, apart, x, row, out, ldo);
+    for (; TILE > TILE_TWO && row + 2 <= n; row += 2) {
+        for (size_t r = 0; r < (size_t)R; r++) V(tile)(1, 2, w, band + r * apart, apart, x, row, out, ldo);
+    }
     for (; row < n; row++) V(tile)(R, 1, w, band, apart, x, row, out, ldo);
 }
 
@@ -3183,7 +3197,7 @@ HELPER F V(recall)(const size_t B, const unsigned char *from, size_t i) {
     return B == 2 ? V(halves)(from + i * B) : V(load)((const float *)(const void *)from + i);
 }
 
-// Dimensions i to i + E (a multiple of 4) of the values, mixed by the scores
+// Dimensions i to i + E (1, 2, or a multiple of 4) of the values, mixed by the scores
 HELPER void V(mix)(const int N, const int E, const size_t B, const Query *queries, const float *share,
                    const unsigned char *values, size_t room, int size, int blocks, int i, const float *scores) {
     F sum[16][MAX_QUERIES];
@@ -3198,7 +3212,8 @@ HELPER void V(mix)(const int N, const int E, const size_t B, const Query *querie
     }
     UNROLL for (int j = 0; j < N; j++) {
         float *out = queries[j].out + i;
-        UNROLL for (int e = 0; e < E; e += 4) {
+        if (E < 4) UNROLL for (int e = 0; e < E; e++) out[e] = V(sum)(sum[e][j]);
+        else UNROLL for (int e = 0; e < E; e += 4) {
             V(sum4)(out + e, sum[e][j], sum[e + 1][j], sum[e + 2][j], sum[e + 3][j]);
         }
         for (int e = 0; e < E; e++) out[e] *= share[j];
@@ -3242,7 +3257,7 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, c
     }
     int i = 0;
     for (; i + E <= size; i += E) V(mix)(N, E, B, queries, share, values, room, size, blocks, i, scores);
-    for (; i + 4 <= size; i += 4) V(mix)(N, 4, B, queries, share, values, room, size, blocks, i, scores);
+    for (; E > 4 && i + 4 <= size; i += 4) V(mix)(N, 4, B, queries, share, values, room, size, blocks, i, scores);
     for (; i < size; i++) UNROLL for (int j = 0; j < N; j++) {
         F sum = V(set1)(0.0f);
         for (int t = 0; t < blocks; t += LANES) {
@@ -3257,10 +3272,17 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, c
 KERNEL void V(attend)(int n, const Query *queries, const unsigned char *keys, const unsigned char *values,
                       size_t kv_bytes, size_t room, int size, float *scores) {
     const bool half = kv_bytes == 2;
-    if (n == 4) half ? ATTEND(4, 2, 4, 2) : ATTEND(4, 2, 4, 4);
-    if (n == 3) half ? ATTEND(3, 2, 4, 2) : ATTEND(3, 2, 4, 4);
-    if (n == 2) half ? ATTEND(2, 4, 8, 2) : ATTEND(2, 4, 8, 4);
-    if (n == 1) half ? ATTEND(1, 1, 16, 2) : ATTEND(1, 1, 16, 4);
+    if (TILE > 4) {  // there are registers for 16 sums, else for 4
+        if (n == 4) half ? ATTEND(4, 2, 4, 2) : ATTEND(4, 2, 4, 4);
+        if (n == 3) half ? ATTEND(3, 2, 4, 2) : ATTEND(3, 2, 4, 4);
+        if (n == 2) half ? ATTEND(2, 4, 8, 2) : ATTEND(2, 4, 8, 4);
+        if (n == 1) half ? ATTEND(1, 1, 16, 2) : ATTEND(1, 1, 16, 4);
+    } else {
+        if (n == 4) half ? ATTEND(4, 1, 1, 2) : ATTEND(4, 1, 1, 4);
+        if (n == 3) half ? ATTEND(3, 1, 1, 2) : ATTEND(3, 1, 1, 4);
+        if (n == 2) half ? ATTEND(2, 2, 2, 2) : ATTEND(2, 2, 2, 4);
+        if (n == 1) half ? ATTEND(1, 1, 4, 2) : ATTEND(1, 1, 4, 4);
+    }
 }
 #undef ATTEND
 
@@ -3287,6 +3309,7 @@ static const Kernels V(kernels) = {
 #undef HELPER
 #undef I
 #undef TILE
+#undef TILE_TWO
 #undef TILE_F32
 #undef ISA
 #endif  // ISA
