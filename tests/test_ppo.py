@@ -395,7 +395,7 @@ def test_a_row_depends_on_its_prompt_and_numbers_alone(past):
     u = torch.rand(len(prompts), 30, generator=torch.Generator().manual_seed(0))
     whole = rollout(net, prompts, 30, END, u, u[:, 29] if past else None)
     assert (whole.story_end <= whole.end).all() and not whole.story_ended.all()
-    for rows in ([3], [0, 13], [9, 4, 12, 1], *([i] for i in range(14, 62))):
+    for rows in ([3], [0, 13], [9, 4, 12, 1], *([i] for i in range(14, 62, 4))):
         part = rollout(net, [prompts[i] for i in rows], 30, END, u[rows], u[rows, 29] if past else None)
         assert torch.equal(part.story_end, whole.story_end[rows])
         T = part.tokens.shape[1]
