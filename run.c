@@ -3152,10 +3152,7 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
     }
     if (b == n) return;
     for (size_t i = first; i < first + quarter; i++) V(tiles)(4, w, i, quarter, x, b, n, out, ldo);
-    const size_t rest = first + 4 * quarter, left = bands - 4 * quarter;
-    if (left == 3) V(tiles)(3, w, rest, 1, x, b, n, out, ldo);
-    if (left == 2) V(tiles)(2, w, rest, 1, x, b, n, out, ldo);
-    if (left == 1) V(tiles)(1, w, rest, 1, x, b, n, out, ldo);
+    for (size_t i = first + 4 * quarter; i < first + bands; i++) V(tiles)(1, w, i, 1, x, b, n, out, ldo);
 }
 
 // gate[i] = silu(gate[i]) * up[i], the middle of SwiGLU
@@ -3272,16 +3269,17 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, c
 KERNEL void V(attend)(int n, const Query *queries, const unsigned char *keys, const unsigned char *values,
                       size_t kv_bytes, size_t room, int size, float *scores) {
     const bool half = kv_bytes == 2;
-    if (TILE > 4) {  // there are registers for 16 sums, else for 4
-        if (n == 4) half ? ATTEND(4, 2, 4, 2) : ATTEND(4, 2, 4, 4);
-        if (n == 3) half ? ATTEND(3, 2, 4, 2) : ATTEND(3, 2, 4, 4);
-        if (n == 2) half ? ATTEND(2, 4, 8, 2) : ATTEND(2, 4, 8, 4);
-        if (n == 1) half ? ATTEND(1, 1, 16, 2) : ATTEND(1, 1, 16, 4);
-    } else {
-        if (n == 4) half ? ATTEND(4, 1, 1, 2) : ATTEND(4, 1, 1, 4);
-        if (n == 3) half ? ATTEND(3, 1, 1, 2) : ATTEND(3, 1, 1, 4);
-        if (n == 2) half ? ATTEND(2, 2, 2, 2) : ATTEND(2, 2, 2, 4);
-        if (n == 1) half ? ATTEND(1, 1, 4, 2) : ATTEND(1, 1, 4, 4);
+    for (int take; n > 0; n -= take, queries += take) {
+        take = TILE == 1 || n == 1 ? 1 : n < 4 ? 2 : 4;
+        if (TILE > 4) {  // there are registers for 16 sums, else for 4
+            if (take == 4) half ? ATTEND(4, 2, 4, 2) : ATTEND(4, 2, 4, 4);
+            if (take == 2) half ? ATTEND(2, 4, 8, 2) : ATTEND(2, 4, 8, 4);
+            if (take == 1) half ? ATTEND(1, 1, 16, 2) : ATTEND(1, 1, 16, 4);
+        } else {
+            if (take == 4) half ? ATTEND(4, 1, 1, 2) : ATTEND(4, 1, 1, 4);
+            if (take == 2) half ? ATTEND(2, 2, 2, 2) : ATTEND(2, 2, 2, 4);
+            if (take == 1) half ? ATTEND(1, 1, 4, 2) : ATTEND(1, 1, 4, 4);
+        }
     }
 }
 #undef ATTEND

@@ -1,7 +1,9 @@
-"""What the tests share: a small data folder of made-up stories, and where optional real data would be."""
+"""What the tests share: a small data folder of made-up stories, run, and where real data would be."""
 
 import os
 import random
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +33,21 @@ def data_dir(tmp_path_factory) -> str:
     tinystories.main(["train_vocab", f"--vocab_size={VOCAB}", "--data_dir", folder])
     tinystories.main(["pretokenize", f"--vocab_size={VOCAB}", "--data_dir", folder])
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_program(tmp_path_factory) -> Path:
+    """run.c built with -O2 and no warning, which takes a while."""
+    cc = shutil.which(os.environ.get("CC", "cc"))
+    if not cc:
+        pytest.skip("no C compiler (cc) to build run.c with")
+    program = tmp_path_factory.mktemp("build") / "run"
+    flags = ["-std=c11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    build = subprocess.run(
+        [cc, *flags, "-o", program, ROOT / "run.c", "-lm", "-lpthread"], capture_output=True, text=True
+    )
+    assert build.returncode == 0, build.stderr
+    return program
 
 
 @pytest.fixture

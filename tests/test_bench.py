@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,20 +20,6 @@ echo "$*" >> "$0.log"
 echo '[{"n_prompt": 64, "n_gen": 0, "avg_ts": 8000.4},'
 echo ' {"n_prompt": 0, "n_gen": 255, "samples_ts": [400, 600]}]'
 """
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The program under test: run where make has built it, else a quick build."""
-    built, source = ROOT / "run", ROOT / "run.c"
-    if built.exists() and built.stat().st_mtime >= source.stat().st_mtime:
-        return built
-    cc = shutil.which(os.environ.get("CC", "cc"))
-    if not cc:
-        pytest.skip("no C compiler (cc) to build run.c with")
-    built = tmp_path_factory.mktemp("build") / "run"
-    subprocess.run([cc, "-std=c11", "-O0", "-o", built, source, "-lm", "-lpthread"], check=True)
-    return built
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +54,7 @@ def figure(text: str) -> float:
     return float(text.split()[0].replace(",", ""))
 
 
-def test_table(run, models, tmp_path, monkeypatch, capsys):
+def test_table(run_program, models, tmp_path, monkeypatch, capsys):
     for path in models:
         shutil.copy(path, tmp_path)
     mine = [tmp_path / path.name for path in models]  # fp32, int8, 4-bit
@@ -78,8 +63,8 @@ def test_table(run, models, tmp_path, monkeypatch, capsys):
     lb = script(tmp_path / "llama-bench", LLAMA_BENCH)
     other = script(tmp_path / "broken-bench", "#!/bin/sh\nexit 3\n")
     rows, out, err = call_bench(
-        monkeypatch, capsys, tmp_path / "bench", RUN=run, MODELS=" ".join(map(str, mine)), THREADS="1 2",
-        RUNS=1, PEER=peer, PEERQ=peerq, LLAMA_BENCH=f"{lb} {other}")
+        monkeypatch, capsys, tmp_path / "bench", RUN=run_program, MODELS=" ".join(map(str, mine)),
+        THREADS="1 2", RUNS=1, PEER=peer, PEERQ=peerq, LLAMA_BENCH=f"{lb} {other}")
     assert "1 run" in out.splitlines()[0] and "kernels" in out.splitlines()[0]
     seen = [(row["model"], row["threads"], row["program"]) for row in rows]
     fp32 = ["run", "llama2.c", "llama-bench", "broken-bench"]
@@ -148,10 +133,10 @@ def test_spread_and_ratio():
     assert bench.ratio(figures, "run --draft 0", "decode") == "0.50 ×"
 
 
-def test_draft(run, tmp_path, monkeypatch, capsys):
+def test_draft(run_program, tmp_path, monkeypatch, capsys):
     """A model that guesses ahead has a row with its guesses, and one without, which has the bandwidth."""
     model = bench.make_models(tmp_path, {"tiny": (32, 2, 4, 2, 300, 48, 64)})[0]
-    guessing = script(tmp_path / "guessing", f'#!/bin/sh\nexec {run} --draft 4 "$@"\n')
+    guessing = script(tmp_path / "guessing", f'#!/bin/sh\nexec {run_program} --draft 4 "$@"\n')
     rows, _, _ = call_bench(monkeypatch, capsys, tmp_path, RUN=guessing, MODELS=model, THREADS=1, RUNS=1)
     guesses, plain = rows
     assert (guesses["program"], plain["program"]) == ("run", "run --draft 0")
@@ -172,9 +157,9 @@ def test_draft(run, tmp_path, monkeypatch, capsys):
     ({"RUNS": "0"}, ["RUNS", "whole numbers"]),
     ({"RUNS": "1 2"}, ["RUNS", "one number"]),
 ])
-def test_mistakes(run, monkeypatch, capsys, tmp_path, variables, words):
+def test_mistakes(run_program, monkeypatch, capsys, tmp_path, variables, words):
     with pytest.raises(SystemExit) as e:
-        call_bench(monkeypatch, capsys, tmp_path, **({"RUN": run} | variables))
+        call_bench(monkeypatch, capsys, tmp_path, **({"RUN": run_program} | variables))
     message = str(e.value)
     assert message.startswith("bench: ") and "\n" not in message
     for word in words:

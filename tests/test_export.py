@@ -192,14 +192,12 @@ def test_mistakes(args, message, monkeypatch, tmp_path):
 # ---- from PyTorch to run.c ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run_c(tmp_path_factory):
-    """Builds run.c; returns a function that runs it and gives its standard output."""
-    program = tmp_path_factory.mktemp("build") / "run"
-    subprocess.run(["cc", "-O2", "-std=c11", "-o", program, ROOT / "run.c", "-lm"], check=True)
+@pytest.fixture
+def run_c(run_program):
+    """A function that runs run.c and gives its standard output."""
 
     def call(*args: object, fails: bool = False) -> str:
-        done = subprocess.run([program, *map(str, args)], capture_output=True, text=True)
+        done = subprocess.run([run_program, *map(str, args)], capture_output=True, text=True)
         assert done.returncode == int(fails), done.stderr
         return done.stderr if fails else done.stdout
 

@@ -44,12 +44,14 @@ needs_stories = pytest.mark.skipif(
 # {float temperature, topp; uint64 seed; uint32 draws; float logits[]}: print that many sampled ids. 'h':
 # print the floats as attention remembers them, as half floats' bits, by each instruction set in turn.
 HARNESS = r"""
-#define TESTING
+#define main run_main
 #include "run.c"
+#undef main
 int main(int argc, char **argv) {
+    if (argc < 2 || strcmp(argv[1], "harness")) return run_main(argc, argv);
     Tokenizer t = {0};
     unsigned char head[5];
-    if (argc > 1) load_tokenizer(&t, argv[1]);
+    if (argc > 2) load_tokenizer(&t, argv[2]);
     while (fread(head, 1, 5, stdin) == 5) {
         size_t n = (size_t)i32_at(head + 1);
         char *bytes = malloc(n);  /* exactly n: the sanitizer sees a read beyond */
@@ -87,7 +89,7 @@ int main(int argc, char **argv) {
         printf("\n");
         free(bytes);
     }
-    if (argc > 1) free_tokenizer(&t);
+    if (argc > 2) free_tokenizer(&t);
     return 0;
 }
 """
@@ -96,31 +98,27 @@ int main(int argc, char **argv) {
 @dataclasses.dataclass
 class Builds:
     fast: Path       # -O2
-    checked: Path    # -O1 with ASan and UBSan
-    harness: Path    # HARNESS, with ASan and UBSan
+    checked: Path    # -O1 with ASan and UBSan; as "checked harness [TOKENIZER]" it is HARNESS
     in_place: Path   # -O1; fp32 weights are read where they are in the file, as those of large models
 
 
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory):
+def builds(run_program, tmp_path_factory):
     cc = shutil.which(os.environ.get("CC", "cc"))
-    if not cc:
-        pytest.skip("no C compiler (cc) to build run.c with")
     out = tmp_path_factory.mktemp("build")
     (out / "harness.c").write_text(HARNESS)
     common = [cc, "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-ffp-contract=off", f"-I{ROOT}"]
+    # use after scope is left to the fuzzer: looking for it takes twice as long to compile
     checks = ["-DSMALL", "-g", "-O1", "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero",
-              "-fno-sanitize-recover=all"]
+              "-fno-sanitize-address-use-after-scope", "-fno-sanitize-recover=all"]
     probe = subprocess.run([cc, "-fsanitize=address,undefined", "-xc", "-", "-o", str(out / "probe")],
                            input="int main(void){return 0;}", text=True, capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("the C compiler has no -fsanitize=address,undefined (libasan, libubsan)")
     jobs = {
-        "run": [*common, "-Werror", "-O2", str(ROOT / "run.c")],
-        "run_checked": [*common, *checks, str(ROOT / "run.c")],
-        "harness": [*common, "-Wno-unused-function", *checks, str(out / "harness.c")],
+        "checked": [*common, *checks, str(out / "harness.c")],
+        "in_place": [*common, "-Werror", "-DSMALL", "-DPACKED_FP32=0", "-O1", str(ROOT / "run.c")],
     }
-    jobs["in_place"] = [*common, "-Werror", "-DSMALL", "-DPACKED_FP32=0", "-O1", str(ROOT / "run.c")]
     running = [
         subprocess.Popen([*cmd, "-o", str(out / name), "-lm", "-lpthread"], stderr=subprocess.PIPE, text=True)
         for name, cmd in jobs.items()
@@ -128,7 +126,7 @@ def builds(tmp_path_factory):
     for process in running:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    return Builds(out / "run", out / "run_checked", out / "harness", out / "in_place")
+    return Builds(run_program, out / "checked", out / "in_place")
 
 
 def run(binary, *args, stdin=b"", cwd=None, env=ENV):
@@ -372,7 +370,7 @@ def sentencepieces(tmp_path_factory):
 
 def harness_ids(builds, tokenizer, texts):
     stdin = b"".join(b"e" + struct.pack("<I", len(t)) + t for t in texts)
-    lines = run_ok(builds.harness, tokenizer, stdin=stdin).splitlines()
+    lines = run_ok(builds.checked, "harness", tokenizer, stdin=stdin).splitlines()
     return [list(map(int, line.split())) for line in lines]
 
 
@@ -494,7 +492,8 @@ def test_half_floats(builds):
     with np.errstate(over="ignore", invalid="ignore"):
         expected = np.where(np.isnan(x), x, np.clip(x, -65504, 65504)).astype(np.float16)
     assert len(x) % 16  # the last vector is not full
-    [line] = run_ok(builds.harness, stdin=b"h" + struct.pack("<I", 4 * len(x)) + x.tobytes()).splitlines()
+    stdin = b"h" + struct.pack("<I", 4 * len(x)) + x.tobytes()
+    [line] = run_ok(builds.checked, "harness", stdin=stdin).splitlines()
     halves = np.array(line.split(), np.uint16).view(np.float16).reshape(-1, len(x))
     assert len(halves) == len(kernels_of(builds.checked))
     for ours in halves:
@@ -906,7 +905,7 @@ def test_sampler_equals_python(builds):
     for logits, temperature, topp, seed in cases:
         body = struct.pack("<ffQI", temperature, topp, seed, 20) + logits.tobytes()
         stdin += b"s" + struct.pack("<I", len(body)) + body
-    lines = run_ok(builds.harness, stdin=stdin).splitlines()
+    lines = run_ok(builds.checked, "harness", stdin=stdin).splitlines()
     for (logits, temperature, topp, seed), line in zip(cases, lines, strict=True):
         coins = XorShift(seed)
         expected = [reference_sample(logits, temperature, topp, coins, libm.expf) for _ in range(20)]

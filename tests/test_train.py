@@ -291,7 +291,7 @@ def cli(*flags: object, nproc: int = 0, **how) -> subprocess.Popen:
 
 
 def test_ctrl_c_saves_and_resume_equals_uninterrupted(fit, tmp_path, data_dir):
-    flags = [*TINY, f"--data_dir={data_dir}", "--max_iters=300", "--eval_interval=150"]
+    flags = [*TINY, f"--data_dir={data_dir}", "--max_iters=120", "--eval_interval=60"]
     process = cli(*flags, f"--out_dir={tmp_path / 'cut'}")
     log = tmp_path / "cut" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
@@ -299,10 +299,10 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(fit, tmp_path, data_dir):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "--init_from=resume" in out, out
-    assert 19 < state(tmp_path / "cut")["iter_num"] < 300
-    fit("cut", "--init_from=resume", "--max_iters=300", "--eval_interval=150")
+    assert 19 < state(tmp_path / "cut")["iter_num"] < 120
+    fit("cut", "--init_from=resume", "--max_iters=120", "--eval_interval=60")
     # one thread more or less changes the last bit, so compare with a run in this process
-    fit("whole", "--max_iters=300", "--eval_interval=150")
+    fit("whole", "--max_iters=120", "--eval_interval=60")
     assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
