@@ -3072,17 +3072,25 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
 KERNEL void V(matmul_many)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, size_t band,
                            size_t bands, float *scratch) {
     const size_t cols = (size_t)w->cols;
-    for (size_t end = band + bands; band < end; band += 2) {
-        const bool two = band + 1 < end;
-        for (size_t r = 0; r < (two ? 2 : 1) * LANES; r++) {
+    for (size_t end = band + bands, take; band < end; band += take) {
+        take = end - band < 2 ? 1 : 2;
+        for (size_t r = 0; r < take * LANES; r++) {
             const size_t row = band * LANES + r;
             float *to = scratch + r / LANES * LANES * cols + r % LANES;
             for (size_t i = 0; i < cols; i++) to[i * LANES] = row < (size_t)w->rows ? w->f[row * cols + i] : 0.0f;
         }
         int b = 0;
-        for (; two && b + TILE_TWO <= n; b += TILE_TWO) V(tile_bands)(2, TILE_TWO, scratch, w, band, 1, x, b, out, ldo);
-        for (; two && b < n; b++) V(tile_bands)(2, 1, scratch, w, band, 1, x, b, out, ldo);
-        for (; b < n; b++) V(tile_bands)(1, 1, scratch, w, band, 1, x, b, out, ldo);
+        for (; TILE_TWO > 2 && take == 2 && b + TILE_TWO <= n; b += TILE_TWO) {
+            V(tile_bands)(2, TILE_TWO, scratch, w, band, 1, x, b, out, ldo);
+        }
+        for (int step; b < n; b += step) {  // 6 rows of x take 12 of 16 registers, and need few loads
+            step = TILE_TWO == 2 && n - b >= 6 ? 6 : 1;
+            for (size_t r = 0; r < take; r++) {
+                const float *values = scratch + r * LANES * cols;
+                if (TILE_TWO == 2 && step == 6) V(tile_bands)(1, 6, values, w, band + r, 1, x, b, out, ldo);
+                else V(tile_bands)(1, 1, values, w, band + r, 1, x, b, out, ldo);
+            }
+        }
     }
 }
 
