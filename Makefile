@@ -39,13 +39,13 @@ demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells i
 	python train.py --data_dir=demo --out_dir=demo/out --init_from=auto --vocab_source=custom --vocab_size=512 \
 	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=8 \
 	  --gradient_accumulation_steps=1 --learning_rate=8e-3 --beta2=0.99 --weight_decay=0.01 --warmup_iters=100 \
-	  --max_iters=2200 --eval_interval=550 --eval_iters=20
+	  --max_iters=1400 --eval_interval=350 --eval_iters=20
 	python tokenizer.py --tokenizer-model=demo/tok512.model
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 	python train.py --data_dir=demo --out_dir=demo/out --init_from=resume --ppo --target_len=100 --max_gen_len=220 \
-	  --init_kl_coef=0.02 --exact_end --others=0 --learning_rate=1e-3 --adam_eps=1e-5 --ppo_iters=24 --rollout_size=100 \
-	  --eval_interval=24 --eval_samples=1
+	  --init_kl_coef=0.02 --exact_end --others=0 --learning_rate=1e-3 --adam_eps=1e-5 --target_kl=0.01 --ppo_iters=16 \
+	  --rollout_size=100 --eval_interval=16 --eval_samples=1
 	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 
