@@ -35,7 +35,7 @@ $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
 	@touch $@
 
 demo demo/%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, short ones, in demo/ (5 minutes)
+demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, short ones, in demo/ (6 minutes)
 	python train.py --data_dir=demo --out_dir=demo/out --init_from=auto --vocab_source=custom --vocab_size=512 \
 	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=8 \
 	  --gradient_accumulation_steps=1 --learning_rate=8e-3 --beta2=0.99 --weight_decay=0.01 --warmup_iters=100 \

@@ -2624,7 +2624,6 @@ static void print_perplexity(Session *s, const char *path, Stats *stats) {
 
 // ---------------------------------------------------------------------------------------------------------
 // Command line
-#ifndef TESTING
 
 static const char usage[] =
     "usage: run MODEL.bin [options]\n"
@@ -2846,7 +2845,6 @@ int main(int argc, char **argv) {
     stop_pool(&pool);
     return 0;
 }
-#endif  // TESTING
 
 #else  // ISA
 // ---------------------------------------------------------------------------------------------------------
@@ -3083,11 +3081,12 @@ KERNEL void V(matmul_many)(const Tensor *w, const Activation *x, int n, float *o
         for (; TILE_TWO > 2 && take == 2 && b + TILE_TWO <= n; b += TILE_TWO) {
             V(tile_bands)(2, TILE_TWO, scratch, w, band, 1, x, b, out, ldo);
         }
-        for (int step; b < n; b += step) {  // 6 rows of x take 12 of 16 registers, and need few loads
-            step = TILE_TWO == 2 && n - b >= 6 ? 6 : 1;
+        for (int step; b < n; b += step) {  // on AVX2, 6 rows of x take 12 of 16 registers, and need few loads
+            step = TILE_TWO != 2 || n - b < 2 ? 1 : n - b < 6 ? 2 : 6;
             for (size_t r = 0; r < take; r++) {
                 const float *values = scratch + r * LANES * cols;
                 if (TILE_TWO == 2 && step == 6) V(tile_bands)(1, 6, values, w, band + r, 1, x, b, out, ldo);
+                else if (TILE_TWO == 2 && step == 2) V(tile_bands)(1, 2, values, w, band + r, 1, x, b, out, ldo);
                 else V(tile_bands)(1, 1, values, w, band + r, 1, x, b, out, ldo);
             }
         }

@@ -294,12 +294,12 @@ def test_ctrl_c_saves_and_resume_equals_uninterrupted(fit, tmp_path, data_dir):
     flags = [*TINY, f"--data_dir={data_dir}", "--max_iters=120", "--eval_interval=60"]
     process = cli(*flags, f"--out_dir={tmp_path / 'cut'}")
     log = tmp_path / "cut" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 20):
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "--init_from=resume" in out, out
-    assert 19 < state(tmp_path / "cut")["iter_num"] < 120
+    assert 3 < state(tmp_path / "cut")["iter_num"] < 120
     fit("cut", "--init_from=resume", "--max_iters=120", "--eval_interval=60")
     # one thread more or less changes the last bit, so compare with a run in this process
     fit("whole", "--max_iters=120", "--eval_interval=60")
