@@ -3078,18 +3078,20 @@ KERNEL void V(matmul_many)(const Tensor *w, const Activation *x, int n, float *o
             for (size_t i = 0; i < cols; i++) to[i * LANES] = row < (size_t)w->rows ? w->f[row * cols + i] : 0.0f;
         }
         int b = 0;
-        for (; TILE_TWO > 2 && take == 2 && b + TILE_TWO <= n; b += TILE_TWO) {
-            V(tile_bands)(2, TILE_TWO, scratch, w, band, 1, x, b, out, ldo);
-        }
-        for (int step; b < n; b += step) {  // on AVX2, 6 rows of x take 12 of 16 registers, and need few loads
-            step = TILE_TWO != 2 || n - b < 2 ? 1 : n - b < 6 ? 2 : 6;
+        for (int step; TILE_TWO == 2 && b < n; b += step) {  // of AVX2's 16 registers 6 rows take 12; few loads
+            step = n - b < 2 ? 1 : n - b < 6 ? 2 : 6;
             for (size_t r = 0; r < take; r++) {
                 const float *values = scratch + r * LANES * cols;
-                if (TILE_TWO == 2 && step == 6) V(tile_bands)(1, 6, values, w, band + r, 1, x, b, out, ldo);
-                else if (TILE_TWO == 2 && step == 2) V(tile_bands)(1, 2, values, w, band + r, 1, x, b, out, ldo);
-                else V(tile_bands)(1, 1, values, w, band + r, 1, x, b, out, ldo);
+                if (step == 6) V(tile_bands)(1, 6, values, w, band + r, 1, x, b, out, ldo);
+                if (step == 2) V(tile_bands)(1, 2, values, w, band + r, 1, x, b, out, ldo);
+                if (step == 1) V(tile_bands)(1, 1, values, w, band + r, 1, x, b, out, ldo);
             }
         }
+        for (; TILE_TWO != 2 && take == 2 && b + TILE_TWO <= n; b += TILE_TWO) {
+            V(tile_bands)(2, TILE_TWO, scratch, w, band, 1, x, b, out, ldo);
+        }
+        for (; TILE_TWO != 2 && take == 2 && b < n; b++) V(tile_bands)(2, 1, scratch, w, band, 1, x, b, out, ldo);
+        for (; TILE_TWO != 2 && b < n; b++) V(tile_bands)(1, 1, scratch, w, band, 1, x, b, out, ldo);
     }
 }
 
@@ -3102,12 +3104,12 @@ HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t band, size
     else V(tile_int)(R, C, 1, 8, w, band, apart, x, row, out, ldo);
 }
 
-// R bands times the rows of x from `row` to n, fewer than TILE
+// R bands, 4 or 1, times the rows of x from `row` to n, fewer than TILE
 HELPER void V(tiles)(const int R, const Tensor *w, size_t band, size_t apart, const Activation *x, int row, int n,
                      float *out, size_t ldo) {
     for (; TILE_TWO > 4 && row + 4 <= n; row += 4) {  // two bands at a time: there are 32 registers
-        V(tile)(R < 2 ? R : 2, 4, w, band, apart, x, row, out, ldo);
-        if (R > 2) V(tile)(R < 3 ? 1 : R - 2, 4, w, band + 2 * apart, apart, x, row, out, ldo);
+        V(tile)(R == 4 ? 2 : 1, 4, w, band, apart, x, row, out, ldo);
+        if (R == 4) V(tile)(2, 4, w, band + 2 * apart, apart, x, row, out, ldo);
     }
     for (; TILE_TWO > 2 && row + 2 <= n; row += 2) V(tile)(R, 2, w, band, apart, x, row, out, ldo);
     for (; TILE > TILE_TWO && row + 2 <= n; row += 2) {

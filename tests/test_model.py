@@ -431,7 +431,7 @@ def test_real_weights_tell_lilys_story():
     ), done.stderr
 
 
-def test_cli_samples_and_mistakes(tmp_path, data_dir):
+def test_cli_samples_and_mistakes(tmp_path, data_dir, capsys):
     from conftest import VOCAB
 
     path = tmp_path / "ckpt.pt"
@@ -452,7 +452,7 @@ def test_cli_samples_and_mistakes(tmp_path, data_dir):
     ):
         with pytest.raises(SystemExit) as e:
             M.main([str(flag) for flag in wrong])
-        assert message in str(e.value) and "\n" not in str(e.value)
+        assert message in str(e.value) and "\n" not in str(e.value) and capsys.readouterr().err == ""
 
 
 def test_rows_of_very_different_room_share_a_batch():
