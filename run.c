@@ -570,9 +570,11 @@ static int physical_cores(void) {
 #if defined(__GNUC__)
     #define PREFETCH(p) __builtin_prefetch(p)
     #define PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)  // where the first cache has no room
+    #define NOINLINE __attribute__((noinline))
 #else
     #define PREFETCH(p)
     #define PREFETCH_L2(p)
+    #define NOINLINE
 #endif
 #ifdef SMALL  // compiles in a tenth of the time, runs slowly: for debugging
     #define INLINE static inline
@@ -593,6 +595,7 @@ typedef struct { float v[LANES]; } F_plain;
 typedef struct { int32_t v[LANES]; } I_plain;
 typedef struct { int8_t v[BAND]; } Q_plain;
 #define FLIP_plain 0
+#define keep_plain(x) ((void)(x))
 #define EACH for (int j = 0; j < LANES; j++)
 INLINE F_plain set1_plain(float x) { F_plain r; EACH r.v[j] = x; return r; }
 INLINE F_plain load_plain(const float *p) { F_plain r; memcpy(&r, p, sizeof r); return r; }
@@ -654,6 +657,8 @@ INLINE void store_halves_plain(uint16_t *p, F_plain a) { EACH p[j] = f16_of(a.v[
 typedef struct { __m256 a, b; } F_avx2;
 typedef struct { __m256i a, b; } I_avx2, Q_avx2;
 #define FLIP_avx2 0
+// Keeps x in registers, of which there are few: compilers prefer memory where they see a load to save.
+#define keep_avx2(x) __asm__("" : "+x"((x)->a), "+x"((x)->b))
 AVX2 F_avx2 set1_avx2(float x) { return (F_avx2){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 AVX2 F_avx2 load_avx2(const float *p) { return (F_avx2){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 AVX2 __m256i first_avx2(int n) {  // the first n of 8 lanes
@@ -728,13 +733,16 @@ AVX2 I_avx2 dot8_avx2(I_avx2 sum, Q_avx2 w, const int8_t *p) {
     __m256i x = _mm256_set1_epi32(i32_at((const unsigned char *)p));
     sum.a = _mm256_add_epi32(sum.a, pairs_avx2(_mm256_abs_epi8(w.a), _mm256_sign_epi8(x, w.a)));
     sum.b = _mm256_add_epi32(sum.b, pairs_avx2(_mm256_abs_epi8(w.b), _mm256_sign_epi8(x, w.b)));
+    keep_avx2(&sum);
     return sum;
 }
 // Of 4-bit weights, all 8 sums of two products that a group adds up, at most 15 * 127 each, fit in an int16.
 AVX2 I_avx2 dot4_avx2(I_avx2 sum, Q_avx2 w, const int8_t *p) {
     __m256i x = _mm256_set1_epi32(i32_at((const unsigned char *)p));
-    return (I_avx2){_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x)),
-                    _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x))};
+    sum.a = _mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x));
+    sum.b = _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x));
+    keep_avx2(&sum);
+    return sum;
 }
 BOTHI(total4_avx2(I_avx2 x), _mm256_madd_epi16(x.a, _mm256_set1_epi16(1)),
       _mm256_madd_epi16(x.b, _mm256_set1_epi16(1)))
@@ -754,6 +762,7 @@ AVX2 void store_halves_avx2(uint16_t *p, F_avx2 x) {
 typedef __m512 F_avx512;
 typedef __m512i I_avx512, Q_avx512;
 #define FLIP_avx512 128  // weights plus 128, as the instruction takes unsigned times signed
+#define keep_avx512(x) ((void)(x))
 AVX512 __m512 set1_avx512(float x) { return _mm512_set1_ps(x); }
 AVX512 __m512 load_avx512(const float *p) { return _mm512_loadu_ps(p); }
 AVX512 __mmask16 first_avx512(int n) { return (__mmask16)((1u << n) - 1); }
@@ -821,6 +830,7 @@ typedef struct { float32x4_t v[4]; } F_neon;
 typedef struct { int32x4_t v[4]; } I_neon;
 typedef struct { int8x16_t v[4]; } Q_neon;
 #define FLIP_neon 0
+#define keep_neon(x) ((void)(x))
 #define FOUR UNROLL for (int j = 0; j < 4; j++)
 #define NEON INLINE F_neon
 NEON set1_neon(float x) { F_neon r; FOUR r.v[j] = vdupq_n_f32(x); return r; }
@@ -3053,6 +3063,7 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
         UNROLL for (int r = 0; r < R; r++) {
             const float *at = values + ((size_t)r * apart * cols + i) * LANES;
             a[r] = V(load)(at);
+            V(keep)(&a[r]);
             // rows of x keep a band of the weights' own for so long that the next one can come meanwhile
             if (C > 1 && (R == 1 || C < TILE)) PREFETCH_L2(at + cols * LANES);
         }
@@ -3066,23 +3077,40 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
     }
 }
 
+// Tiles by themselves: amid all the others compilers run out of registers.
+KERNEL NOINLINE void V(six_rows)(const float *values, const Tensor *w, size_t band, const Activation *x, int row,
+                                 float *out, size_t ldo) {
+    V(tile_bands)(1, 6, values, w, band, 1, x, row, out, ldo);
+}
+
+KERNEL NOINLINE void V(int8_rows)(const Tensor *w, size_t band, const Activation *x, int row, float *out, size_t ldo) {
+    V(tile_int)(1, TILE, 1, 8, w, band, 1, x, row, out, ldo);
+}
+
+KERNEL NOINLINE void V(int4_rows)(const Tensor *w, size_t band, const Activation *x, int row, float *out, size_t ldo) {
+    V(tile_int)(1, TILE, 1, 4, w, band, 1, x, row, out, ldo);
+}
+
 // fp32 weights by rows times many rows of x: they are turned into bands, two at a time, which pays.
 KERNEL void V(matmul_many)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, size_t band,
                            size_t bands, float *scratch) {
     const size_t cols = (size_t)w->cols;
     for (size_t end = band + bands, take; band < end; band += take) {
         take = end - band < 2 ? 1 : 2;
-        for (size_t r = 0; r < take * LANES; r++) {
-            const size_t row = band * LANES + r;
-            float *to = scratch + r / LANES * LANES * cols + r % LANES;
-            for (size_t i = 0; i < cols; i++) to[i * LANES] = row < (size_t)w->rows ? w->f[row * cols + i] : 0.0f;
+        for (size_t r = 0; r < take; r++) {
+            const size_t row = (band + r) * LANES, left = (size_t)w->rows - row;
+            const float *from = w->f + row * cols;
+            float *to = scratch + r * LANES * cols;
+            for (size_t i = 0; i < cols; i++, to += LANES) {
+                for (size_t j = 0; j < LANES; j++) to[j] = j < left ? from[j * cols + i] : 0.0f;
+            }
         }
         int b = 0;
         for (int step; TILE_TWO == 2 && b < n; b += step) {  // of AVX2's 16 registers 6 rows take 12; few loads
             step = n - b < 2 ? 1 : n - b < 6 ? 2 : 6;
             for (size_t r = 0; r < take; r++) {
                 const float *values = scratch + r * LANES * cols;
-                if (step == 6) V(tile_bands)(1, 6, values, w, band + r, 1, x, b, out, ldo);
+                if (step == 6) V(six_rows)(values, w, band + r, x, b, out, ldo);
                 if (step == 2) V(tile_bands)(1, 2, values, w, band + r, 1, x, b, out, ldo);
                 if (step == 1) V(tile_bands)(1, 1, values, w, band + r, 1, x, b, out, ldo);
             }
@@ -3157,7 +3185,11 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
     }
     const size_t quarter = bands / 4;
     for (size_t i = first; TILE > 1 && i < first + bands; i++) {
-        for (b = 0; b + TILE <= n; b += TILE) V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
+        for (b = 0; b + TILE <= n; b += TILE) {
+            if (w->bits == 8) V(int8_rows)(w, i, x, b, out, ldo);
+            else if (w->bits == 4) V(int4_rows)(w, i, x, b, out, ldo);
+            else V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
+        }
     }
     if (b == n) return;
     for (size_t i = first; i < first + quarter; i++) V(tiles)(4, w, i, quarter, x, b, n, out, ldo);
