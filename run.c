@@ -3185,7 +3185,9 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
     }
     const size_t quarter = bands / 4;
     for (size_t i = first; TILE > 1 && i < first + bands; i++) {
-        for (b = 0; b + TILE <= n; b += TILE) {
+        const float *f = (const float *)(const void *)w->values + i * (size_t)w->cols * LANES;
+        for (b = 0; TILE_TWO == 2 && w->bits == 32 && b + 6 <= n; b += 6) V(six_rows)(f, w, i, x, b, out, ldo);
+        for (; b + TILE <= n; b += TILE) {
             if (w->bits == 8) V(int8_rows)(w, i, x, b, out, ldo);
             else if (w->bits == 4) V(int4_rows)(w, i, x, b, out, ldo);
             else V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
