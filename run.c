@@ -657,7 +657,7 @@ INLINE void store_halves_plain(uint16_t *p, F_plain a) { EACH p[j] = f16_of(a.v[
 typedef struct { __m256 a, b; } F_avx2;
 typedef struct { __m256i a, b; } I_avx2, Q_avx2;
 #define FLIP_avx2 0
-// Keeps x in registers, of which there are few: compilers prefer memory where they see a load to save.
+// Keeps x in registers: compilers would rather load weights again for each product, and keep sums in memory.
 #define keep_avx2(x) __asm__("" : "+x"((x)->a), "+x"((x)->b))
 AVX2 F_avx2 set1_avx2(float x) { return (F_avx2){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 AVX2 F_avx2 load_avx2(const float *p) { return (F_avx2){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -923,7 +923,7 @@ INLINE void store_halves_neon(uint16_t *p, F_neon x) {
 // The kernels of all instruction sets
 
 #define ISA plain
-#define TILE 1       // rows of x that a band is multiplied with at once, for which there are registers;
+#define TILE 1       // rows of x that a band is multiplied with at once (of fp32 up to six, see six_rows);
 #define TILE_TWO 1   // that two bands are;
 #define TILE_F32 1   // that four rows are
 #include "run.c"
@@ -3077,7 +3077,7 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
     }
 }
 
-// Tiles by themselves: amid all the others compilers run out of registers.
+// Tiles in functions of their own: among all the others, in matmul, compilers run out of registers.
 KERNEL NOINLINE void V(six_rows)(const float *values, const Tensor *w, size_t band, const Activation *x, int row,
                                  float *out, size_t ldo) {
     V(tile_bands)(1, 6, values, w, band, 1, x, row, out, ldo);
@@ -3106,7 +3106,7 @@ KERNEL void V(matmul_many)(const Tensor *w, const Activation *x, int n, float *o
             }
         }
         int b = 0;
-        for (int step; TILE_TWO == 2 && b < n; b += step) {  // of AVX2's 16 registers 6 rows take 12; few loads
+        for (int step; TILE_TWO == 2 && b < n; b += step) {  // 6 rows take 12 of AVX2's 16 registers, 24 of NEON's 32
             step = n - b < 2 ? 1 : n - b < 6 ? 2 : 6;
             for (size_t r = 0; r < take; r++) {
                 const float *values = scratch + r * LANES * cols;
@@ -3185,8 +3185,10 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
     }
     const size_t quarter = bands / 4;
     for (size_t i = first; TILE > 1 && i < first + bands; i++) {
-        const float *f = (const float *)(const void *)w->values + i * (size_t)w->cols * LANES;
-        for (b = 0; TILE_TWO == 2 && w->bits == 32 && b + 6 <= n; b += 6) V(six_rows)(f, w, i, x, b, out, ldo);
+        for (b = 0; TILE_TWO == 2 && w->bits == 32 && b + 6 <= n && n - b != 8; b += 6) {  // 8 are twice 4
+            const float *values = (const float *)(const void *)w->values + i * (size_t)w->cols * LANES;
+            V(six_rows)(values, w, i, x, b, out, ldo);
+        }
         for (; b + TILE <= n; b += TILE) {
             if (w->bits == 8) V(int8_rows)(w, i, x, b, out, ldo);
             else if (w->bits == 4) V(int4_rows)(w, i, x, b, out, ldo);
