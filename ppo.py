@@ -51,6 +51,7 @@ from model import (
 )
 
 ROLLOUT_ROWS = 200  # episodes decoded together on a CPU core
+GPU_EVAL_ROWS = 512  # held-out episodes decoded together on a GPU, at least
 CPU_PART_TOKENS = 1024  # tokens that a CPU core learns from at a time: they stay in its caches
 PAST_END = 0.02  # a path is told on past its end while more than this share of its stories would still go on
 REPLAYED = ("tokens", "start", "end", "on", "returns")  # what a checkpoint keeps of the critic's rollouts
@@ -1113,9 +1114,10 @@ class PPO:
         samples = self.ppo.eval_samples
         prompts = [prompt for prompt in self.eval_prompts for _ in range(samples)]
         u = torch.rand(len(prompts), self.ppo.max_gen_len, generator=torch.Generator().manual_seed(EVAL_SEED))
-        parts = []
-        for i in range(0, len(prompts), self.size):  # no more at once than in training: features are large
-            part = self.collect(prompts[i : i + self.size], u[i : i + self.size])
+        # no more at once than in training, or than is little for a GPU: features are large
+        parts, rows = [], self.size if self.runtime.kind == "cpu" else max(self.size, GPU_EVAL_ROWS)
+        for i in range(0, len(prompts), rows):
+            part = self.collect(prompts[i : i + rows], u[i : i + rows])
             parts.append({k: x for k, x in part.items() if k not in ("features", "reference", "seconds")})
         batch = join(parts)
         values = self.describe(batch)

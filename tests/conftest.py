@@ -1,8 +1,10 @@
 """What the tests share: a small data folder of made-up stories, run, and where real data would be."""
 
+import multiprocessing
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 VOCAB = 384  # of the small data folder
+
+
+def needs_cuda(function):
+    """Skips the test where PyTorch sees no GPU."""
+    import torch  # slow, and not every test file needs it
+
+    return pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(function)
 
 
 def shared_data(name: str) -> Path:
@@ -66,3 +75,46 @@ def same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def as_rank(rank: int, count: int, port: int, out: str, flags: list[str]) -> None:
+    """train.py in this process, as one of several; what it prints is added to the file out."""
+    file = os.open(out, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    sys.argv = ["train.py", *flags]
+    train.main(flags)
+
+
+def ranks(count: int, flags: list[str], out: Path) -> str:
+    """Runs train.py in so many processes, which meet as torchrun's do; returns what they print, also in out.
+
+    They are forked from one that has torch loaded: loading it in each would take most of a test's time.
+    """
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)
+    if kind == "forkserver":  # which starts with the first process, and looks for modules by PYTHONPATH alone
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        slow = [f"torch.distributed.{x}" for x in ("checkpoint.state_dict", "device_mesh", "fsdp", "tensor")]
+        context.set_forkserver_preload(["conftest", "train", *slow])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    rest = count, port, str(out), flags
+    processes = [context.Process(target=as_rank, args=(rank, *rest)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        if process.exitcode != 0:  # the others would wait for it
+            for other in processes:
+                other.kill()
+    text = out.read_text(encoding="utf-8")
+    assert [process.exitcode for process in processes] == [0] * count, text
+    return text

@@ -1,5 +1,6 @@
 """model.py against transformers' Llama, brute force in float64, and itself without a cache."""
 
+import copy
 import math
 import os
 import pickle
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, shared_data
+from conftest import ROOT, needs_cuda, shared_data
 
 import model as M
 from export import read_any
@@ -247,6 +248,27 @@ def test_cached_generation_equals_uncached(changes):
     assert len({token for row in expected for token in row}) > 12  # no mere repetition
     assert generate(net, PROMPTS, 20, temperature=0, stop_ids=()) == expected
     assert [generate(net, [p], 20, temperature=0, stop_ids=())[0] for p in PROMPTS] == expected
+
+
+@needs_cuda
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"dim": 128, "n_heads": 4}])
+def test_on_cuda_all_is_as_on_the_cpu(changes):
+    """Logits and gradients of full fp32 products, beside float64 on the CPU; and the cache's stories."""
+    torch.set_float32_matmul_precision("highest")
+    net = make(tie_embeddings=False, **changes)
+    there, double = copy.deepcopy(net).cuda(), copy.deepcopy(net).double()
+    x, y = tokens(3, 48), tokens(3, 48, seed=2)
+    results = []
+    for model, device in ((there, "cuda"), (double, "cpu")):
+        logits, loss = model(x.to(device), y.to(device))
+        loss.backward()
+        results.append([logits, loss, *(p.grad for p in model.parameters())])
+    for ours, exact in zip(*results, strict=True):
+        scale = float(exact.abs().max())
+        torch.testing.assert_close(ours.cpu().double(), exact.double(), atol=2e-5 * scale, rtol=1e-5)
+    expected = generate(net, PROMPTS, 20, temperature=0, stop_ids=())
+    assert generate(there, PROMPTS, 20, temperature=0, stop_ids=()) == expected
+    assert [generate(there, [p], 20, temperature=0, stop_ids=())[0] for p in PROMPTS] == expected
 
 
 def test_cached_features_equal_uncached():

@@ -5,11 +5,8 @@ import csv
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, same
+from conftest import VOCAB, needs_cuda, ranks, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1578,6 +1575,39 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tune, tmp_path, flags):
     assert "already" in tune("parts", all_flags=["--ppo", "--init_from=resume", "--device=cpu"])
 
 
+@needs_cuda
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--critic=reference"],
+        ["--critic=separate", "--reward_norm", "--kl_penalty=k1", "--adaptive_kl"],
+        ["--critic=shared"],
+        ["--advantage=rloo", "--group_size=4"],
+        ["--exact_end", "--others=0.5"],
+    ],
+    ids=["reference", "separate", "shared", "rloo", "exact end"],
+)
+def test_on_cuda(tune, tmp_path, flags):
+    """The first rollout is the CPU's, what is learnt from it close; the ratio is 1; and a resumed run equals
+    an uninterrupted one to the last bit.
+    """
+    flags = [*flags, "--batch_size=16", "--ppo_epochs=1", "--deterministic"]
+    tune("cpu", "--ppo_iters=2", *flags)
+    tune("whole", "--ppo_iters=4", *flags, "--device=cuda")
+    tune("parts", "--ppo_iters=2", *flags, "--device=cuda")
+    again = ["--ppo", "--init_from=resume", "--ppo_iters=4", "--deterministic", "--device=cuda"]
+    tune("parts", all_flags=again)
+    torch.use_deterministic_algorithms(False)
+    assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+    here, there = ([m for m in metrics(tmp_path / name) if "ppo/kl" in m] for name in ("cpu", "whole"))
+    for name, value in here[0].items():
+        assert there[0][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+    assert abs(there[1]["ppo/reward"] - here[1]["ppo/reward"]) < 0.05
+    assert all(m["ppo/ratio_deviation"] < 5e-6 for m in there)
+    before, after = (load_checkpoint(tmp_path / "whole" / x)["model"] for x in ("ckpt.pt", "ppo_ckpt.pt"))
+    assert not same(before, after)
+
+
 @pytest.mark.parametrize("flags, kept", [([], True), (["--init_kl_coef=0.01"], False)])
 def test_the_best_stays_the_best(tune, tmp_path, flags, kept):
     """Also when ppo_model.bin was moved away; but that of another beta counts no more."""
@@ -1753,11 +1783,7 @@ def test_two_ranks_equal_one(tune, tmp_path, base, flags):
     flags += ["--critic=separate", "--critic_lr=1e-4"]
     tune("one", *flags)
     shutil.copytree(base, tmp_path / "two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train.py"), *FLAGS, *flags, f"--out_dir={tmp_path / 'two'}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
+    ranks(2, [*FLAGS, *flags, f"--out_dir={tmp_path / 'two'}"], tmp_path / "out")
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     assert one["iter_num"] == two["iter_num"] == PRETRAINED + 2 and one["episodes"] == two["episodes"] == 36
     for part in ("model", "critic"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, same, shared_data
+from conftest import ROOT, VOCAB, needs_cuda, same, shared_data
 
 import train
 from export import read_bin
@@ -683,3 +683,37 @@ def test_deterministic(fit, tmp_path):
         assert torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
     assert same(state(tmp_path / "one"), state(tmp_path / "two"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("dropout", [0, 0.1])
+@pytest.mark.parametrize("compiled", ["False", "True"])
+def test_on_cuda_resumed_equals_uninterrupted_bit_for_bit(fit, tmp_path, compiled, dropout):
+    flags = ["--device=cuda", f"--compile={compiled}", "--deterministic"]
+    fit("whole", "--max_iters=10", "--lr_decay_iters=10", f"--dropout={dropout}", *flags)
+    fit("parts", "--max_iters=6", "--lr_decay_iters=10", f"--dropout={dropout}", *flags)
+    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=10", *flags])
+    torch.use_deterministic_algorithms(False)
+    assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    "flags, close",
+    [
+        (["--dtype=float32", "--compile=False"], 5e-3),  # TF32
+        (["--dtype=bfloat16", "--compile=False"], 5e-2),
+        (["--dtype=float16", "--compile=True"], 5e-2),
+        ([], 5e-2),
+    ],
+    ids=["fp32", "bf16", "fp16", "default"],
+)
+def test_on_cuda_it_learns_as_on_the_cpu(fit, tmp_path, flags, close):
+    fit("cpu", "--max_iters=20")
+    out = fit("cuda", "--max_iters=20", "--device=cuda", *flags)
+    assert "on 1 x cuda, " + ("bfloat16, compiled" if not flags else flags[0][8:]) in out
+    here, there = metrics(tmp_path / "cpu"), metrics(tmp_path / "cuda")
+    assert [m["iter"] for m in here] == [m["iter"] for m in there]
+    for a, b in zip(here, there, strict=True):
+        for name in a.keys() & {"loss/train", "loss/val"}:
+            assert b[name] == pytest.approx(a[name], abs=close), (a["iter"], name)
