@@ -435,14 +435,15 @@ def sample(logits: torch.Tensor, u: torch.Tensor, temperature=1.0, top_k=0, top_
         logits, ids = logits.topk(top_k)
     elif 0 < top_p < 1:
         logits, ids = logits.sort(descending=True)
-    probs = logits.softmax(-1)
+    # in whole numbers, whose sums are exact and on every device, in any order, the same
+    weights = (logits.softmax(-1) * 2**38).long()
+    cdf = weights.cumsum(-1)
     if 0 < top_p < 1:
-        probs = probs * (probs.cumsum(-1) - probs <= top_p)
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    # u * total may round up to total itself, which would pick an id past the last one of any probability
-    point = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    choice = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)  # NaN finds no place
+        cdf = (weights * (cdf - weights <= int(top_p * 2**38))).cumsum(-1)
+    # the first id whose sum is above u * total; u has 24 bits, and so all of it stays in whole numbers
+    point = (u * 2**24).long()[:, None] * cdf[:, -1:]
+    choice = torch.searchsorted(cdf * 2**24, point, right=True)
+    choice = choice.clamp(max=cdf.shape[-1] - 1)  # of NaN some id
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
 
 

@@ -336,7 +336,7 @@ class RunningMoments:
         self.count, self.mean, self.squares = count, mean, squares
 
     def update(self, x: torch.Tensor) -> None:
-        x = x.double()
+        x = x.cpu().double()
         delta, total = float(x.mean()) - self.mean, self.count + len(x)
         self.squares += float((x - x.mean()).square().sum()) + delta**2 * self.count * len(x) / total
         self.mean, self.count = self.mean + delta * len(x) / total, total
@@ -1022,7 +1022,8 @@ class PPO:
                 (reach * (ratio - 1).abs()).sum(),
                 value_loss,
             ]
-        return total, torch.stack([x.detach().double().to(total.device) for x in stats])
+        wide = torch.float32 if total.device.type == "mps" else torch.float64  # which that does not know
+        return total, torch.stack([x.detach().to(total.device, wide) for x in stats])
 
     def summary(self, logged: list[torch.Tensor], stopped: bool) -> dict[str, float]:
         """Means over the steps made, under their stable names."""

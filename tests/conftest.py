@@ -1,6 +1,7 @@
 """What the tests share: a small data folder of made-up stories, run, and where real data would be."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; read at the first product
 VOCAB = 384  # of the small data folder
 
 
@@ -98,23 +100,25 @@ def ranks(count: int, flags: list[str], out: Path) -> str:
 
     They are forked from one that has torch loaded: loading it in each would take most of a test's time.
     """
-    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(kind)
-    if kind == "forkserver":  # which starts with the first process, and looks for modules by PYTHONPATH alone
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    # elsewhere than on Linux, what is loaded may not bear forking
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
         slow = [f"torch.distributed.{x}" for x in ("checkpoint.state_dict", "device_mesh", "fsdp", "tensor")]
         context.set_forkserver_preload(["conftest", "train", *slow])
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    rest = count, port, str(out), flags
-    processes = [context.Process(target=as_rank, args=(rank, *rest)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        if process.exitcode != 0:  # the others would wait for it
-            for other in processes:
-                other.kill()
+        rest = count, server.getsockname()[1], str(out), flags
+    processes = [context.Process(target=as_rank, args=(i, *rest), daemon=True) for i in range(count)]
+    with pytest.MonkeyPatch.context() as patch:  # the server starts here, and finds modules by this alone
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)
+        for process in processes:
+            process.start()
+    left = {process.sentinel: process for process in processes}
+    while left:
+        for ended in (found := multiprocessing.connection.wait(left, timeout=240)):
+            left.pop(ended).join()
+        if not found or any(process.exitcode for process in processes):  # the others would wait for it
+            for process in left.values():
+                process.kill()
     text = out.read_text(encoding="utf-8")
     assert [process.exitcode for process in processes] == [0] * count, text
     return text

@@ -5,8 +5,11 @@ import csv
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, needs_cuda, ranks, same
+from conftest import ROOT, VOCAB, needs_cuda, ranks, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1487,7 +1490,8 @@ def tune(base, tmp_path, capsys):
         train.main([*all_flags, f"--out_dir={tmp_path / name}", *flags])
         return "".join(capsys.readouterr())
 
-    return run
+    yield run
+    torch.use_deterministic_algorithms(False)
 
 
 def state(folder: Path) -> dict:
@@ -1597,7 +1601,6 @@ def test_on_cuda(tune, tmp_path, flags):
     tune("parts", "--ppo_iters=2", *flags, "--device=cuda")
     again = ["--ppo", "--init_from=resume", "--ppo_iters=4", "--deterministic", "--device=cuda"]
     tune("parts", all_flags=again)
-    torch.use_deterministic_algorithms(False)
     assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
     here, there = ([m for m in metrics(tmp_path / name) if "ppo/kl" in m] for name in ("cpu", "whole"))
     for name, value in here[0].items():
@@ -1776,14 +1779,20 @@ def test_dropout_is_off(tune, tmp_path):
     assert load_checkpoint(tmp_path / "out" / "ppo_best.pt")["model_args"]["dropout"] == 0
 
 
-@pytest.mark.parametrize("flags", [[], ["--exact_end", "--others=0.5"]])
-def test_two_ranks_equal_one(tune, tmp_path, base, flags):
+@pytest.mark.parametrize("flags, torchrun", [([], True), (["--exact_end", "--others=0.5"], False)])
+def test_two_ranks_equal_one(tune, tmp_path, base, flags, torchrun):
     """Rollouts, critic and policy are shared out, and come to the same weights and metrics."""
     flags = [*flags, "--ppo_iters=2", "--rollout_size=18", "--adam_eps=1e-3"]
     flags += ["--critic=separate", "--critic_lr=1e-4"]
     tune("one", *flags)
     shutil.copytree(base, tmp_path / "two")
-    ranks(2, [*FLAGS, *flags, f"--out_dir={tmp_path / 'two'}"], tmp_path / "out")
+    flags = [*FLAGS, *flags, f"--out_dir={tmp_path / 'two'}"]
+    if torchrun:  # whose processes end as any do
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, str(ROOT / "train.py"), *flags], env=env, check=True, timeout=120)
+    else:
+        ranks(2, flags, tmp_path / "out")
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     assert one["iter_num"] == two["iter_num"] == PRETRAINED + 2 and one["episodes"] == two["episodes"] == 36
     for part in ("model", "critic"):

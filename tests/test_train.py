@@ -51,6 +51,7 @@ def fit(data_dir, tmp_path, capsys):
         return "".join(capsys.readouterr())
 
     yield run
+    torch.use_deterministic_algorithms(False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -693,7 +694,6 @@ def test_on_cuda_resumed_equals_uninterrupted_bit_for_bit(fit, tmp_path, compile
     fit("whole", "--max_iters=10", "--lr_decay_iters=10", f"--dropout={dropout}", *flags)
     fit("parts", "--max_iters=6", "--lr_decay_iters=10", f"--dropout={dropout}", *flags)
     train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=10", *flags])
-    torch.use_deterministic_algorithms(False)
     assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
 
 
@@ -715,5 +715,5 @@ def test_on_cuda_it_learns_as_on_the_cpu(fit, tmp_path, flags, close):
     here, there = metrics(tmp_path / "cpu"), metrics(tmp_path / "cuda")
     assert [m["iter"] for m in here] == [m["iter"] for m in there]
     for a, b in zip(here, there, strict=True):
-        for name in a.keys() & {"loss/train", "loss/val"}:
+        for name in a.keys() & b.keys() & {"loss/train", "loss/val"}:  # float16 may skip a step
             assert b[name] == pytest.approx(a[name], abs=close), (a["iter"], name)
