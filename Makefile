@@ -59,7 +59,7 @@ demo/tok512/meta.json: demo/tok512.model
 	python tinystories.py pretokenize --vocab_size=512 --data_dir=demo
 
 test: lint run  ## the whole test suite; needs no network but for installing packages
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n auto --dist worksteal tests
 
 lint: $(VENV)/tests-installed  ## ruff, the linter
 	$(PY) -m ruff check --config .ci/ruff.toml .
