@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -684,6 +685,13 @@ def test_deterministic(fit, tmp_path):
         assert torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
     assert same(state(tmp_path / "one"), state(tmp_path / "two"))
+
+
+def test_a_story_gives_the_terminal_no_orders(monkeypatch, capsys):
+    monkeypatch.setattr(train, "generate", lambda *args, **how: [[7]])
+    run = SimpleNamespace(raw_model=None, cfg=TrainConfig())
+    train.tell_story(run, SimpleNamespace(bos_id=1, decode=lambda ids: "Once\x1b[2J\nupon\x07 a château\x00"))
+    assert capsys.readouterr().out == "  > Once\ufffd[2J upon\ufffd a château\ufffd\n"
 
 
 @needs_cuda
