@@ -35,7 +35,7 @@ $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
 	@touch $@
 
 demo demo/%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, short ones, in demo/ (6 minutes)
+demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, short ones, in demo/ (5 minutes)
 	python train.py --data_dir=demo --out_dir=demo/out --init_from=auto --vocab_source=custom --vocab_size=512 \
 	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=8 \
 	  --gradient_accumulation_steps=1 --learning_rate=8e-3 --beta2=0.99 --weight_decay=0.01 --warmup_iters=100 \
@@ -59,7 +59,7 @@ demo/tok512/meta.json: demo/tok512.model
 	python tinystories.py pretokenize --vocab_size=512 --data_dir=demo
 
 test: lint run  ## the whole test suite; needs no network but for installing packages
-	$(PY) -m pytest -q -n auto --dist worksteal tests
+	$(PY) -m pytest -q -n auto --maxprocesses=8 --dist worksteal tests
 
 lint: $(VENV)/tests-installed  ## ruff, the linter
 	$(PY) -m ruff check --config .ci/ruff.toml .

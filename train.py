@@ -1076,9 +1076,8 @@ def tell_story(run: Pretraining, tokenizer) -> None:
     """Print a story by the model as it is now, always from the same random numbers."""
     generator = torch.Generator().manual_seed(run.cfg.seed)
     (ids,) = generate(run.raw_model, [[tokenizer.bos_id]], 200, generator=generator)
-    text = " ".join(tokenizer.decode(ids).split())
     # a model that knows nothing yet may say what a terminal would obey
-    show("  > " + "".join(c if c.isprintable() else "\ufffd" for c in text))
+    show("  > " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(tokenizer.decode(ids).split())))
 
 
 def give_up(run: Pretraining) -> None:

@@ -109,6 +109,7 @@ def ranks(count: int, flags: list[str], out: Path) -> str:
         context.set_forkserver_preload(["conftest", "train", *slow])
     with socket.create_server(("127.0.0.1", 0)) as server:
         rest = count, server.getsockname()[1], str(out), flags
+    out.touch()
     processes = [context.Process(target=as_rank, args=(i, *rest), daemon=True) for i in range(count)]
     with pytest.MonkeyPatch.context() as patch:  # the server starts here, and finds modules by this alone
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}", prepend=os.pathsep)

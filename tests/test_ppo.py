@@ -1790,7 +1790,9 @@ def test_two_ranks_equal_one(tune, tmp_path, base, flags, torchrun):
     if torchrun:  # whose processes end as any do
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, str(ROOT / "train.py"), *flags], env=env, check=True, timeout=120)
+        command += [str(ROOT / "train.py"), *flags]
+        process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        assert process.returncode == 0, process.stderr
     else:
         ranks(2, flags, tmp_path / "out")
     one, two = state(tmp_path / "one"), state(tmp_path / "two")

@@ -490,12 +490,16 @@ def test_divergence_stops_before_anything_good_is_overwritten(fit, tmp_path, mon
 
 
 def test_threads_change_no_bit(fit, tmp_path, monkeypatch):
-    fit("threads", "--max_iters=4", "--batch_size=64")
-    monkeypatch.setattr(Runtime, "start_threads", lambda self, model: None)
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    fit("one", "--max_iters=4", "--batch_size=64")
-    torch.set_num_threads(before)
+    try:
+        torch.set_num_threads(3)
+        fit("threads", "--max_iters=2", "--batch_size=64")
+        fit("threads", "--init_from=resume", "--max_iters=4", "--batch_size=64")
+        monkeypatch.setattr(Runtime, "start_threads", lambda self, model: None)
+        torch.set_num_threads(1)
+        fit("one", "--max_iters=4", "--batch_size=64")
+    finally:
+        torch.set_num_threads(before)
     assert same(state(tmp_path / "threads")["model"], state(tmp_path / "one")["model"])
 
 
