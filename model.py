@@ -955,6 +955,11 @@ def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = N
     return tokenizer
 
 
+def printable(text: str) -> str:
+    """text without the control characters that a terminal would obey, as run.c prints it."""
+    return re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", "", text)
+
+
 class TextStream:
     """Prints a growing list of ids as text, each character once it is whole."""
 
@@ -965,7 +970,7 @@ class TextStream:
         self.ids.append(token)
         # bytes still waiting for the rest of a character
         text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
-        print(text[self.shown :], end="", flush=True)
+        print(printable(text[self.shown :]), end="", flush=True)
         self.shown = len(text)
 
 
@@ -1051,7 +1056,7 @@ def main(argv: list[str] | None = None) -> None:
     if stream:
         print()
     else:
-        print("\n---------------\n".join(tokenizer.decode(prompt + ids) for ids in samples))
+        print("\n---------------\n".join(printable(tokenizer.decode(prompt + ids)) for ids in samples))
     print(f"{sum(map(len, samples)) / seconds:.0f} tok/s", file=sys.stderr)
 
 

@@ -63,6 +63,7 @@ from model import (
     numbered,
     opt,
     pick_device,
+    printable,
     save_checkpoint,
     save_state,
     shards,
@@ -807,7 +808,7 @@ def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[
         if not valid and not runtime.fsdp:
             return 0.0, 0
         with torch.no_grad(), runtime.autocast():  # in here: both belong to the thread
-            _, loss = model(xs.to(runtime.device), ys.to(runtime.device))
+            _, loss = model(runtime.send(xs), runtime.send(ys))
         return loss.item() * valid if valid else 0.0, valid
 
     def shared() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -1076,8 +1077,7 @@ def tell_story(run: Pretraining, tokenizer) -> None:
     """Print a story by the model as it is now, always from the same random numbers."""
     generator = torch.Generator().manual_seed(run.cfg.seed)
     (ids,) = generate(run.raw_model, [[tokenizer.bos_id]], 200, generator=generator)
-    # a model that knows nothing yet may say what a terminal would obey
-    show("  > " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(tokenizer.decode(ids).split())))
+    show(f"  > {' '.join(printable(tokenizer.decode(ids)).split())}")
 
 
 def give_up(run: Pretraining) -> None:

@@ -520,5 +520,15 @@ def test_a_model_for_run_c_is_told_from_a_checkpoint(dim, tmp_path):
         read_any(str(path))
 
 
+def test_stories_give_the_terminal_no_orders(capsys):
+    text = "On\x1b[2Jce\x00 upon\n\ta\x7f \x9bchâteau \U0001f600"
+    assert M.printable(text) == "On[2Jce upon\n\ta château \U0001f600"
+    pieces = iter([text[:4], text])
+    stream = M.TextStream(type("T", (), {"decode": lambda self, ids: next(pieces)})(), [])
+    stream(0, 5)
+    stream(0, 6)
+    assert capsys.readouterr().out == M.printable(text)
+
+
 def test_a_start_of_broken_utf8_can_be_printed():
     assert M.read_start("caf\udce9 \U0001f431") == "caf\ufffd \U0001f431"

@@ -13,10 +13,10 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -827,15 +827,21 @@ def test_ids_equal_sentencepiece(builds, sentencepieces):
             assert ids == [BOS, *sp.encode(text)], (name, text)
 
 
+def children_seconds() -> float:
+    """Of the CPU, so that other work on the machine does not count."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_long_prompts_take_no_time(builds, tmp_path, sentencepieces):
     sp, path = sentencepieces.get("llama2", sentencepieces["bytes"])
     model = markov_model(tmp_path / "m.bin", {})
     for text in [b" ".join(fuzzed_texts(9000, seed=1))[:100_000], b"a" * 100_000, b" " * 100_000]:
-        start = time.perf_counter()
+        start = children_seconds()
         out = run_ok(builds.fast, model, "-z", path, "--tokens", "-i", "-", stdin=text + b"\n")
-        seconds = time.perf_counter() - start
+        seconds = children_seconds() - start
         assert list(map(int, out.split())) == [BOS, *sp.encode(text)]
-        assert seconds < 20, "tokenizing should take 50 ms, start-up included; quadratic code takes minutes"
+        assert seconds < 1, "tokenizing should take 50 ms, start-up included; quadratic code takes minutes"
 
 
 def test_tokenizer_without_bytes(builds, tmp_path):
