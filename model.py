@@ -939,7 +939,10 @@ def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = N
     source = 0 if config.get("vocab_source", "llama2" if size == 32000 else "custom") == "llama2" else size
     usual = tokenizer_path(config.get("data_dir", "data"), source)
     beside = os.path.join(os.path.dirname(checkpoint_path), os.path.basename(usual))
-    tokenizer = Tokenizer(named or (usual if os.path.exists(usual) or not os.path.exists(beside) else beside))
+    path = named or (usual if os.path.exists(usual) or not os.path.exists(beside) else beside)
+    if source and "tokenizer_sha256" not in config and not os.path.exists(path):  # a new one has other pieces
+        raise SystemExit(f"no tokenizer {path}; put the one there that {checkpoint_path} was trained with")
+    tokenizer = Tokenizer(path)
     wrong = None
     if tokenizer.vocab_size != size:
         wrong = (

@@ -929,6 +929,23 @@ def find_tokens(cfg: TrainConfig, args: ModelArgs, checkpoint: dict) -> tuple[st
     return folder, meta
 
 
+def of_unknown_tokenizer(checkpoint: dict) -> bool:
+    """Whether it holds, as llama2.c's do, nothing that tells which tokenizer its model was trained with."""
+    return bool(checkpoint) and "tokenizer_sha256" not in checkpoint.get("config", {})
+
+
+def warn_of_noise(loss: float, vocab_size: int, path: str, folder: str) -> None:
+    """If the model in path foresees the tokens in folder worse than chance: it was trained with others."""
+    chance = math.log(vocab_size)
+    if loss > chance + 1:
+        show(
+            f"warning: {path} foresees {folder} worse than chance ({loss:.1f} nats per token, chance "
+            f"{chance:.1f}): was it trained with another tokenizer than {folder}.model? Put that one there, "
+            "and run: python tinystories.py pretokenize --force",
+            sys.stderr,
+        )
+
+
 class Pretraining:
     """A run's moving parts: what a checkpoint holds, and what it takes to make the next step."""
 
@@ -949,6 +966,7 @@ class Pretraining:
             fill_shards(path, checkpoint, self.raw_model, self.optimizer)
         self.scaler = torch.amp.GradScaler(runtime.kind, enabled=runtime.dtype == torch.float16)
         self.iter_num, self.best_val_loss = 0, math.inf
+        self.doubtful = path if of_unknown_tokenizer(checkpoint) else ""  # until the first evaluation
         self.loss_sum, self.loss_count = 0.0, 0  # of the training losses since the last evaluation
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
         self.skipped = self.in_a_row = 0  # steps not made, for a loss or gradient that is not finite
@@ -1038,6 +1056,9 @@ class Pretraining:
                 f"{scores['bits_per_byte/val']:.4f} bits per byte" + " (best so far)" * best
             )
             metrics.log(self.iter_num, scores)
+            if self.doubtful:
+                warn_of_noise(loss, self.raw_model.args.vocab_size, self.doubtful, self.val_batches.dir)
+        self.doubtful = ""
         if best:
             self.best_val_loss = loss
         self.loss_sum, self.loss_count, self.evaluated = 0.0, 0, True
@@ -1068,9 +1089,9 @@ class Pretraining:
         return loss, norm
 
 
-def show(line: str) -> None:
-    tqdm.write(line)
-    sys.stdout.flush()
+def show(line: str, file: IO | None = None) -> None:
+    tqdm.write(line, file)
+    (file or sys.stdout).flush()
 
 
 def tell_story(run: Pretraining, tokenizer) -> None:
@@ -1290,6 +1311,12 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
     if state:
         run.resume(state, state_path)
     runtime.start_threads(run.policy)
+    if of_unknown_tokenizer(checkpoint) and not (state or ppo.prompts or cfg.fsdp):
+        folder, _ = find_tokens(cfg, args, checkpoint)
+        text = TokenBatches(folder, "val", 4, args.max_seq_len, max_batches=1)
+        loss = evaluate(run.reference, text, runtime)["loss/val"]
+        if runtime.rank == 0:
+            warn_of_noise(loss, args.vocab_size, os.path.join(cfg.out_dir, "ckpt.pt"), folder)
     metrics = None
     if runtime.rank == 0:
         metrics = open_metrics(cfg, run.iter_num, ppo=True, fresh=state is None)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from conftest import ROOT, VOCAB
 
 import tokenizer
@@ -67,6 +68,12 @@ def halve(path: str):
     return lambda folder: os.truncate(folder / path, (folder / path).stat().st_size // 2)
 
 
+def forget(path: Path, setting: str) -> None:
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"][setting]
+    torch.save(checkpoint, path)
+
+
 HELD = []  # what must stay open
 
 SET_UPS = {
@@ -83,6 +90,10 @@ SET_UPS = {
     "no ckpt.pt": remove("out/ckpt.pt"),
     "no run": remove("out"),
     "an empty ckpt.pt": lambda folder: (remove("out/last.pt")(folder), write("out/ckpt.pt", "")(folder)),
+    "a ckpt.pt that tells no tokenizer": lambda folder: (
+        remove(f"data/tok{VOCAB}.model")(folder),
+        forget(folder / "out/ckpt.pt", "tokenizer_sha256"),
+    ),
     "half a last.pt": lambda folder: (remove("out/ckpt.pt")(folder), halve("out/last.pt")(folder)),
     "model.bin as last.pt": lambda folder: (
         remove("out/ckpt.pt")(folder),
@@ -357,6 +368,8 @@ TABLE = [
     Mistake("PPO of another width", f"{PPO} --dim=64", "--dim=64 contradicts out/ckpt.pt", "leave it out"),
     Mistake("PPO without the tokenizer", PPO, f"no tokenizer data/tok{VOCAB}.model",
             f"run: python tinystories.py train_vocab --vocab_size={VOCAB}", "no tokenizer"),
+    Mistake("PPO without llama2.c's tokenizer", PPO, f"no tokenizer data/tok{VOCAB}.model",
+            "put the one there that out/ckpt.pt was trained with", "a ckpt.pt that tells no tokenizer"),
     Mistake("PPO with another tokenizer", PPO, "has 400 pieces and the model 384", "put that one back",
             "another tokenizer"),
     Mistake("PPO without tokens", PPO, f"no token shards in data/tok{VOCAB}",

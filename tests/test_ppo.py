@@ -1861,6 +1861,19 @@ def test_another_tokenizer_is_refused(tune, base, tmp_path):
         assert "not the tokenizer" in one_line(e) or "another tokenizer" in one_line(e)
 
 
+@pytest.mark.parametrize("of_its_own", [True, False], ids=["its own tokenizer", "another of that size"])
+def test_a_foreign_model_with_another_tokenizer_is_warned_of(of_its_own, tune, base, tmp_path):
+    """As llama2.c's checkpoints, this one does not tell its tokenizer."""
+    shutil.copytree(base, tmp_path / "out")
+    checkpoint = load_checkpoint(base / "ckpt.pt")
+    del checkpoint["config"]["tokenizer_sha256"]
+    if not of_its_own:
+        checkpoint["model"]["norm.weight"] *= -100  # sure of the tokens that it thought least likely
+    torch.save(checkpoint, tmp_path / "out" / "ckpt.pt")
+    warned = "worse than chance" in tune("out", "--ppo_iters=1")
+    assert warned is not of_its_own
+
+
 def test_shards_without_bos_are_refused(tune, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "data")
     for path in (tmp_path / "data" / f"tok{VOCAB}").glob("*.bin"):

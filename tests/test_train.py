@@ -474,6 +474,18 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(fit, tmp_path):
         fit("new", f"--init_from={tmp_path / 'other.pt'}")
 
 
+def test_a_foreign_model_that_foresees_worse_than_chance_is_warned_of(fit, tmp_path):
+    fit("out", "--max_iters=4")
+    checkpoint = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    del checkpoint["config"]["tokenizer_sha256"]
+    torch.save(checkpoint, tmp_path / "its.pt")
+    checkpoint["model"]["norm.weight"] *= -100  # sure of the tokens that it thought least likely
+    torch.save(checkpoint, tmp_path / "another.pt")
+    for name, warnings in (("its", 0), ("another", 1)):  # one, not one at each evaluation
+        flags = [f"--init_from={tmp_path}/{name}.pt", "--max_iters=2", "--eval_interval=1"]
+        assert fit(f"new {name}", *flags).count("worse than chance") == warnings
+
+
 def test_divergence_stops_before_anything_good_is_overwritten(fit, tmp_path, monkeypatch):
     real, evaluations = train.evaluate, []
 
