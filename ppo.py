@@ -703,7 +703,8 @@ class PPO:
         # --max_iters is the last iteration, --ppo_iters how many there are
         self.last = self.first + ppo.ppo_iters if ppo.ppo_iters else cfg.max_iters + 1
         self.beta, self.episodes, self.seconds = ppo.init_kl_coef, 0, 0.0
-        self.evaluated, self.best, self.evaluation = False, -math.inf, {}
+        self.evaluated, self.evaluation = False, {}
+        self.best = (-math.inf, 0.0)  # reward and KL of the best evaluation
         self.size = rollout_size(ppo, cfg)
         self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
 
@@ -1147,6 +1148,12 @@ class PPO:
         values |= {"ppo/J_optimum": best, "ppo/regret": best - values["ppo/J"]}
         return {name.replace("ppo/", "ppo/eval/", 1): value for name, value in values.items()}
 
+    def is_best(self, reward: float, kl: float) -> bool:
+        """Whether J of a held-out evaluation is the highest so far, at beta as it is now; remembers it."""
+        if better := reward - self.beta * kl > self.best[0] - self.beta * self.best[1]:
+            self.best = (reward, kl)
+        return better
+
     # -- state
 
     def state(self) -> dict:
@@ -1168,7 +1175,7 @@ class PPO:
             "episodes": self.episodes,
             "seconds": self.seconds,
             "skipped": self.skipped,
-            "best_J": self.best,
+            "best": self.best,
             "evaluation": self.evaluation,
             "evaluated": self.evaluated,
             "reference_sha256": self.reference_hash,
@@ -1208,9 +1215,8 @@ class PPO:
                 "--train_only, and whether --others is 0, cannot change during a run; move "
                 f"{path} away to begin anew"
             ) from None
-        self.iter_num, self.first, self.best = state["iter_num"], state["first_iter"], state["best_J"]
-        if state["config"]["init_kl_coef"] != self.ppo.init_kl_coef:
-            self.best = -math.inf  # it was of another J
+        self.iter_num, self.first = state["iter_num"], state["first_iter"]
+        self.best = state.get("best", self.best)  # older states told its J alone
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
         self.moments = RunningMoments(**state["moments"])
@@ -1243,7 +1249,7 @@ class PPO:
                 weights = runtime.whole_weights(self.policy)
                 if runtime.rank == 0:
                     write_model(path, self.args, weights)
-                    kept = {k: state[k] for k in ("model_args", "iter_num", "config", "best_J")}
+                    kept = {k: state[k] for k in ("model_args", "iter_num", "config", "best")}
                     save_checkpoint(kept_best, kept | {"model": weights})
             if runtime.fsdp or runtime.rank == 0:
                 tensors = shards(self.policy, self.optimizer) if runtime.fsdp else None
@@ -1318,8 +1324,8 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
         due = (run.iter_num - run.first) % cfg.eval_interval == 0 or done or cfg.eval_only
         if due and (not run.evaluated or cfg.eval_only):
             values = run.evaluate()
-            best = values["ppo/eval/J"] > run.best and run.iter_num > run.first
-            run.best, run.evaluated = values["ppo/eval/J"] if best else run.best, True
+            best = run.iter_num > run.first and run.is_best(values["ppo/eval/reward"], values["ppo/eval/kl"])
+            run.evaluated = True
             if metrics:
                 print(verdict(run, values, best))
                 show_stories(run)

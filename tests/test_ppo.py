@@ -674,6 +674,17 @@ def test_gradient_at_ratio_one_is_reinforce():
         assert abs(slope.item() - reinforce[i, j].item()) < 1e-6
 
 
+def test_the_best_is_found_at_one_beta():
+    """When beta grows, J falls, of what is better too: the second here has more reward and less KL."""
+    run = make_run()
+    for beta, reward, kl, best in (
+        (0.004, -0.119, 4.78, True), (0.06, -0.076, 2.33, True), (0.06, -0.1, 2.2, False),
+        (0.2, -0.1, 2.2, True), (0.001, -0.09, 2.3, True),
+    ):
+        run.beta = beta
+        assert run.is_best(reward, kl) == best
+
+
 def test_adaptive_beta_moves_both_ways():
     """Ziegler et al. 2019: beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)."""
     cfg = PPOConfig(kl_target=6.0, kl_horizon=10000)
@@ -1537,11 +1548,11 @@ def test_a_run_leaves_everything_and_names_stay(tune, tmp_path, base):
     assert out.count("held out after") == 3 and [line["ppo/episodes"] for line in iterations] == [16, 32, 48]
     # the files are the policy's
     state = load_checkpoint(folder / "ppo_ckpt.pt")
-    assert state["iter_num"] == PRETRAINED + 3 and state["best_J"] == max(
-        e["ppo/eval/J"] for e in evaluations[1:]
-    )
+    best_J = max(e["ppo/eval/J"] for e in evaluations[1:])
+    reward, kl = state["best"]
+    assert state["iter_num"] == PRETRAINED + 3 and math.isclose(reward - 0.2 * kl, best_J, abs_tol=1e-5)
     best = load_checkpoint(folder / "ppo_best.pt")
-    assert best["best_J"] == state["best_J"] and best["iter_num"] in (PRETRAINED + 2, PRETRAINED + 3)
+    assert best["best"] == state["best"] and best["iter_num"] in (PRETRAINED + 2, PRETRAINED + 3)
     policy, reference = (
         model_from_checkpoint(load_checkpoint(path)) for path in (folder / "ppo_best.pt", base / "ckpt.pt")
     )
@@ -1611,12 +1622,14 @@ def test_on_cuda(tune, tmp_path, flags):
     assert not same(before, after)
 
 
-@pytest.mark.parametrize("flags, kept", [([], True), (["--init_kl_coef=0.01"], False)])
+@pytest.mark.parametrize("flags, kept", [
+    ([], True), (["--init_kl_coef=1e-9"], True), (["--init_kl_coef=1"], False),
+])
 def test_the_best_stays_the_best(tune, tmp_path, flags, kept):
-    """Also when ppo_model.bin was moved away; but that of another beta counts no more."""
+    """Also when ppo_model.bin was moved away; after a change of beta, if it is the best at the new one."""
     tune("out", "--ppo_iters=2")
     path, best = tmp_path / "out" / "ppo_ckpt.pt", tmp_path / "out" / "ppo_best.pt"
-    ppo.save_checkpoint(path, load_checkpoint(path) | {"best_J": 1e9})
+    ppo.save_checkpoint(path, load_checkpoint(path) | {"best": (1e9, 4e9)})
     (tmp_path / "out" / "ppo_model.bin").unlink()
     before = best.read_bytes()
     flags = ["--ppo", "--init_from=resume", "--ppo_iters=3", "--device=cpu", *flags]
