@@ -318,7 +318,7 @@ def read_any(path: str) -> dict:
         return load_checkpoint(path)
     try:
         with open(path, "rb") as f:
-            start = f.read(2)
+            start = f.read(4)
         if begins_checkpoint(start) and (start or path.endswith(".pt")):
             return load_checkpoint(path)
         args, state = read_bin(path)

@@ -428,7 +428,7 @@ def sample(logits: torch.Tensor, u: torch.Tensor, temperature=1.0, top_k=0, top_
     temperature 0 is argmax; top_k 0 and top_p 1 are off; top_p keeps the fewest ids whose probability
     exceeds it.
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or so little that the quotients below would be infinite
         return logits.argmax(-1)
     logits, ids = logits.float() / temperature, None
     if 0 < top_k < logits.shape[-1]:
@@ -565,11 +565,12 @@ def fault(e: Exception, why: str) -> str:
 
 
 def begins_checkpoint(start: bytes) -> bool:
-    """Whether a file that begins so, with two bytes or fewer, may be a zip archive or a pickle of torch.save.
+    """Whether a file that begins so, with 4 bytes or fewer, may be a zip archive or a pickle of torch.save.
 
-    A model.bin v0 begins with its dim: \x80\x00 for 128.
+    A model.bin v0 begins with its dim: \x80\x00\x00\x00 for 128, \x80\x02\x00\x00 for 640.
     """
-    return b"PK".startswith(start) or start[:1] == b"\x80" and start[1:] in b"\x02\x03\x04\x05"
+    zipped = b"PK".startswith(start[:2])
+    return zipped or start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[2:4] != b"\0\0"
 
 
 def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool = True) -> dict:
@@ -586,7 +587,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
         raise SystemExit(no_checkpoint(path))
     try:
         with open(path, "rb") as f:
-            start = f.read(2)
+            start = f.read(4)
     except OSError as e:
         raise SystemExit(f"cannot read {path}: {e.strerror}; {RESTORE}") from None
     if not begins_checkpoint(start):
@@ -951,6 +952,7 @@ def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = N
         )
     elif config.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         wrong = f"{tokenizer.model_path} is not the tokenizer this model was trained with"
+    strict = strict or tokenizer.vocab_size < size  # it has no text for some of the ids
     if wrong and strict:
         raise SystemExit(f"{wrong}; put that one back")
     if wrong:
@@ -1018,7 +1020,7 @@ def read_start(start: str) -> str:
         # bytes of a shell's that are not UTF-8 come as surrogates, which cannot be printed
         return whole(start)
     try:
-        return Path(start[5:]).read_text(encoding="utf-8")
+        return Path(start[5:]).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else f"not UTF-8 ({e.reason})"
         raise SystemExit(f"--start={start}: {why}; name a text file, or write the text itself") from None
@@ -1064,4 +1066,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None

@@ -70,7 +70,9 @@ class PPOConfig:
     """What to optimise and how. Raises ValueError for values that make no sense."""
 
     ppo: bool = opt(False, "fine-tune out_dir/ckpt.pt with PPO instead of pretraining")
-    ppo_iters: int = opt(0, "PPO iterations after ckpt.pt's last one (default: up to --max_iters, inclusive)")
+    ppo_iters: int = opt(
+        0, "PPO iterations after ckpt.pt's last one (default: 15, or up to --max_iters, inclusive)"
+    )
     # the task
     reward: str = opt(
         "length",
@@ -232,9 +234,14 @@ def reward_from_file(spec: str) -> Reward:
     return function
 
 
+def terms(spec: str) -> list[str]:
+    """The terms of --reward=spec; of FILE.py:FUNCTION alone, FILE may have a + in it."""
+    return [spec] if os.path.isfile(spec.rpartition(":")[0]) else spec.split("+")
+
+
 def wants_length(spec: str) -> bool:
     """Whether the built-in length reward is part of --reward=spec."""
-    return any(term.rpartition("*")[2].strip() == "length" for term in spec.split("+"))
+    return any(term.rpartition("*")[2].strip() == "length" for term in terms(spec))
 
 
 class Scorer:
@@ -242,7 +249,7 @@ class Scorer:
 
     def __init__(self, cfg: PPOConfig, tokenizer):
         self.tokenizer, self.parts = tokenizer, []  # (name, weight, Reward)
-        for term in cfg.reward.split("+"):
+        for term in terms(cfg.reward):
             weight, _, name = (part.strip() for part in term.rpartition("*"))
             try:
                 if not math.isfinite(number := float(weight or 1)):
@@ -705,6 +712,7 @@ class PPO:
         self.beta, self.episodes, self.seconds = ppo.init_kl_coef, 0, 0.0
         self.evaluated, self.evaluation = False, {}
         self.best = (-math.inf, 0.0)  # reward and KL of the best evaluation
+        self.saved = -1  # the newest state's iteration
         self.size = rollout_size(ppo, cfg)
         self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
 
@@ -1216,6 +1224,7 @@ class PPO:
                 f"{path} away to begin anew"
             ) from None
         self.iter_num, self.first = state["iter_num"], state["first_iter"]
+        self.saved = self.iter_num
         self.best = state.get("best", self.best)  # older states told its J alone
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
@@ -1230,10 +1239,17 @@ class PPO:
             batch = {key: value.to(self.runtime.device) for key, value in saved.items()}
             if "mask" in batch:  # as states had it before paths were told past the ends of their stories
                 batch["on"] = batch.pop("mask").float()
-            if not self.shared:  # what the reference says to it is quickly made again
+            if not self.shared:  # what the reference says to it is quickly made again, as collect made it
+                share = -(-len(batch["end"]) // self.runtime.world_size)
+                shares = zip(*(x.split(share) for x in (batch["tokens"], batch["end"])), strict=True)
                 with self.runtime.gathered(self.reference):
-                    features = self.over_parts(batch, lambda ids: self.reference.features(ids))
-                batch["critic_features"] = features
+                    features = [
+                        self.over_parts(
+                            {"tokens": tokens, "end": end}, lambda ids: self.reference.features(ids)
+                        )
+                        for tokens, end in shares
+                    ]
+                batch["critic_features"] = torch.cat(features)
             self.replay.append(batch)
 
     def save(self, write_model: Callable[[str, ModelArgs, dict], None], best: bool) -> None:
@@ -1254,6 +1270,7 @@ class PPO:
             if runtime.fsdp or runtime.rank == 0:
                 tensors = shards(self.policy, self.optimizer) if runtime.fsdp else None
                 save_state(folder, "ppo_ckpt", state, self.cfg.keep, tensors)
+            self.saved = self.iter_num
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
             raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
 
@@ -1347,7 +1364,8 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
                 f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
             )
     if asked and not done and not cfg.eval_only:
-        run.save(write_model, best=False)
+        if run.saved < run.iter_num:
+            run.save(write_model, best=False)
         if not metrics:
             return
         again = shlex.join(["python", *sys.argv])

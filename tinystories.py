@@ -15,6 +15,7 @@ Not for: cleaning or deduplicating text, data loading over a network, vocabulari
 """
 
 import argparse
+import codecs
 import glob
 import gzip
 import hashlib
@@ -41,6 +42,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
 try:
+    import resource
+except ModuleNotFoundError:  # on Windows
+    resource = None
+try:
     import numpy as np
     import sentencepiece
     from tqdm import tqdm
@@ -64,6 +69,8 @@ LONGEST_STORY = 64 << 20  # characters; more without an end means that the forma
 HEADERS = 1 << 20  # bytes that an archive may have between two of its files
 CONFUSED = (ValueError, OverflowError, IndexError, RecursionError, MemoryError)  # tarfile by hostile input
 MAX_VOCAB = 65536  # ids are stored as uint16
+MIN_VOCAB = 259
+MAX_SHARDS = 1000
 BLOCK = 1 << 20  # bytes of a token shard that share a checksum
 META_FORMAT = 2
 
@@ -386,8 +393,11 @@ def read_text(path: str, progress: Callable[[int], object]) -> Iterator[str]:
                 text = f.read(CHUNK)
             except UnicodeDecodeError as e:  # of e.object, the bytes up to where the file was read
                 at = f.buffer.tell() - len(e.object) + e.start
-                raise SystemExit(f"{path} is not UTF-8: byte {at} is 0x{e.object[e.start]:02x}; "
-                                 f"convert it first: iconv -f latin1 -t utf-8 {path}") from None
+                with open(path, "rb") as start:  # utf-16: what Windows calls Unicode
+                    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+                    encoding = "utf-16" if start.read(2) in marks else "latin1"
+                raise SystemExit(f"{path} is not UTF-8: byte {at} is 0x{e.object[e.start]:02x}; convert it "
+                                 f"first: iconv -f {encoding} -t utf-8 {path}") from None
             progress(f.buffer.tell() - before)
             if not text:
                 return
@@ -527,6 +537,7 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     if len(block) < 2:
         raise SystemExit(f"found {len(block)} of the 2 stories it takes, one of them for validation; "
                          "is --separator right? --separator=blank splits at blank lines")
+    open_many_files()
     rng = random.Random(seed)
     counts = [0] * len(block)
     with new_folder(folder) as scratch, ExitStack() as stack:
@@ -541,6 +552,15 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     print(f"{folder}: {sum(counts):,} stories in {len(counts)} shards, {counts[0]:,} of them for validation"
           + f"; {empty:,} empty ones left out" * (empty > 0))
     print(f"next: {command('train_vocab', data_dir, 4096)}")
+
+
+def open_many_files() -> None:
+    """Let this process have all shards open at once; some systems begin with 256 files."""
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_SHARDS + 100 if hard == resource.RLIM_INFINITY else min(MAX_SHARDS + 100, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def shard_path(folder: str, i: int) -> str:
@@ -603,6 +623,7 @@ def synth_part(data_dir: str, num_stories: int, num_shards: int, seed: int, forc
                          f"--num_shards={shards} --seed={chance}, or delete that folder")
     os.makedirs(begun, exist_ok=True)
     todo = [i for i in range(part - 1, count, parts) if not os.path.exists(shard_path(begun, i))]
+    open_many_files()
     rng, written = random.Random(seed), dict.fromkeys(todo, 0)
     with ExitStack() as stack:
         files = {i: stack.enter_context(atomic_write(shard_path(begun, i), "w")) for i in todo}
@@ -918,9 +939,9 @@ def synth_story(rng: random.Random) -> str:
 
 def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
     """Stage `train_vocab`: a byte-pair vocabulary made as Llama 2's was, from training shards only."""
-    if not 0 < vocab_size <= MAX_VOCAB:
-        raise SystemExit(f"--vocab_size={vocab_size} is not between 1 and {MAX_VOCAB} (16 bits per token); "
-                         f"run: {command('train_vocab', data_dir, 4096)}")
+    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+        raise SystemExit(f"--vocab_size={vocab_size} is not between {MIN_VOCAB} (bytes and special ids) and "
+                         f"{MAX_VOCAB} (16 bits per token); run: {command('train_vocab', data_dir, 4096)}")
     shard_files(data_dir)  # are there any? else no folder should come of it
     with claimed(data_dir, f"tok{vocab_size}", shared=("stories",)):
         proto, shards = make_vocab(data_dir, vocab_size, num_shards)
@@ -1203,7 +1224,10 @@ class TokenShard:
         self._again = pretokenize_again(folder)
         self._sums = np.frombuffer(bytes.fromhex(entry["crc32"]), ">u4")
         self._checked = bytearray(len(self._sums))
-        self._file = open(self.path, "rb", buffering=0)
+        try:
+            self._file = open(self.path, "rb", buffering=0)
+        except OSError as e:
+            raise SystemExit(f"cannot read {self.path}: {e.strerror}; {self._again}") from None
 
     def __del__(self):
         if hasattr(self, "_file"):
@@ -1274,6 +1298,7 @@ class TokenBatches:
         self.bytes_per_token: float = sum(shard["bytes"] for shard in shards) / self.num_tokens
         sums = "".join(shard["sha256"] for shard in shards)
         self.fingerprint = int(hashlib.sha256(sums.encode()).hexdigest()[:15], 16)
+        open_many_files()
         self._shards = [TokenShard(token_dir, shard) for shard in shards]
         self._ends = list(itertools.accumulate(shard.tokens for shard in self._shards))
         self._orders: dict[int, tuple] = {}  # of a lane: epoch, offset, order of windows
@@ -1440,6 +1465,8 @@ def read_meta(folder: str, vocab_size: int | None = None) -> dict:
         cut = glob.glob(os.path.join(glob.escape(folder), "*.partial.json"))
         what = "an unfinished pretokenize" if cut else "no token shards"
         raise SystemExit(f"{what} in {folder}; {again}") from None
+    except OSError as e:
+        raise SystemExit(f"cannot read {folder}/meta.json: {e.strerror}; {again}") from None
     except (ValueError, RecursionError):
         meta = None
     version = meta.get("format") if isinstance(meta, dict) else None
@@ -1479,8 +1506,8 @@ def story_count(value: str) -> int:
 
 
 def shard_count(value: str) -> int:
-    if not 2 <= positive(value) <= 1000:
-        raise argparse.ArgumentTypeError(f"{value} is not between 2 and 1000 (one is for validation)")
+    if not 2 <= positive(value) <= MAX_SHARDS:
+        raise argparse.ArgumentTypeError(f"{value} is not between 2 and {MAX_SHARDS} (one is for validation)")
     return int(value)
 
 

@@ -181,7 +181,8 @@ PPO_DEFAULTS = {
 PPO_ITERS = 15  # where neither --ppo_iters nor --max_iters is given
 
 # what a resumed run takes from the command line (or the default), not from the run it goes on with
-NOT_INHERITED = {"out_dir", "init_from", "eval_only", "device", "dtype", "compile", "fsdp", "keep"}
+NOT_INHERITED = {"out_dir", "init_from", "eval_only", "device", "fsdp"}
+NOT_LLAMA2C = {"dtype", "compile"}  # nor from llama2.c's runs: those name what was right for its GPU
 
 
 def parse_bool(text: str) -> bool:
@@ -253,7 +254,7 @@ class Metrics:
         os.makedirs(cfg.out_dir, exist_ok=True)
         self.path = os.path.join(cfg.out_dir, "metrics.jsonl")
         kept = []
-        if (iter_num or ppo) and os.path.exists(self.path):
+        if os.path.exists(self.path):
             with open(self.path, encoding="utf-8", errors="replace") as f:
                 lines = [(*logged_by(line), line) for line in f]
             limit = -1 if fresh else iter_num
@@ -655,6 +656,12 @@ def begun_by_this_launch(out_dir: str) -> bool:
     return newest_state(paths, lazily=True)[1].get("launch") == launch()
 
 
+def ppo_states(out_dir: str) -> list[str]:
+    """Paths of the states of a PPO run."""
+    paths = (os.path.join(out_dir, "ppo_ckpt.pt"), *numbered(out_dir, "ppo_ckpt"))
+    return [path for path in paths if os.path.exists(path)]
+
+
 def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, str, dict]:
     """Settings, network (fp32, on the CPU), path and content of the checkpoint to go on from ("", {}: none).
 
@@ -687,6 +694,11 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
                 return cfg, Transformer(args), "", {}
         resume = cfg.init_from == "resume"
         if resume:
+            if (ppo := ppo_states(cfg.out_dir)) and not cfg.eval_only:  # which compares with ckpt.pt
+                raise SystemExit(
+                    f"{ppo[0]} is of PPO on {cfg.out_dir}/ckpt.pt, which has to stay as it is; to go on with "
+                    f"that, add --ppo; to train, --init_from={cfg.out_dir}/ckpt.pt --out_dir=ANOTHER"
+                )
             path, checkpoint = find_state(cfg.out_dir, cfg.fsdp)
         else:
             path = os.path.normpath(cfg.init_from)  # a shell completes a folder's name with a slash
@@ -701,9 +713,10 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
                     f"--{name}={value} contradicts {path}, where it is {getattr(model.args, name)}; "
                     f"leave the flag out, or train anew with --init_from=scratch"
                 )
-        names = (
-            {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED if resume else {"vocab_source"}
-        )
+        names = {"vocab_source"}
+        if resume:
+            names = {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED
+            names -= set() if "data" in checkpoint else NOT_LLAMA2C
         taken = {k: v for k, v in checkpoint.get("config", {}).items() if k in names}
         if model.args.vocab_size != 32000:  # not the Llama 2 tokenizer's, whatever the flag's default
             taken.setdefault("vocab_source", "custom")
@@ -896,12 +909,16 @@ def train_step(
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, or SIGTERM, with which clusters end jobs, into a wish to stop."""
+    """Turns the first Ctrl-C, SIGTERM, with which clusters end jobs, or SIGHUP, of a terminal that closes,
+    into a wish to stop.
+    """
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, self.ask)
 
     def ask(self, number: int, frame) -> None:
         self.asked = True
@@ -971,6 +988,7 @@ class Pretraining:
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
         self.skipped = self.in_a_row = 0  # steps not made, for a loss or gradient that is not finite
         self.behind = False  # whether the newest state is not where a run looks first
+        self.saved = -1  # the newest state's iteration
         if cfg.init_from == "resume":
             self.resume(path, checkpoint)
         elif path:
@@ -1002,6 +1020,7 @@ class Pretraining:
             self.evaluated = True
             # a run that was killed between two files of its last save must end with both
             self.behind = os.path.basename(path) == "ckpt.pt"
+            self.saved = self.iter_num
             self.set_lr(max(self.iter_num - 1, 0))
 
     def save(self, best: bool) -> None:
@@ -1038,6 +1057,7 @@ class Pretraining:
             elif runtime.rank == 0:
                 state = rest | {"model": self.raw_model.state_dict(), "optimizer": moments}
                 save_state(folder, "last", state, self.cfg.keep)
+            self.saved = self.iter_num
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
             raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
 
@@ -1175,9 +1195,30 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     if run.in_a_row >= cfg.max_skipped:
         give_up(run)
     if asked and run.iter_num < cfg.max_iters and not cfg.eval_only:
-        run.save(best=False)
+        if run.saved < run.iter_num:
+            run.save(best=False)
         if metrics:
             say_stopped(run.iter_num, runtime)
+
+
+@contextmanager
+def rescued(run, save: Callable[[], None]) -> Iterator[None]:
+    """A run that cannot report, as the disk is full or nobody reads on, saves what it has, and ends.
+
+    Of several processes only the first knows of it: they end without.
+    """
+    try:
+        yield
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):  # what waits to be printed would only fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if run.runtime.alone and not run.cfg.eval_only and run.iter_num > max(run.saved, 0):
+            save()
+        saved = f"saved up to {run.saved}" if run.saved > 0 else "nothing was saved"
+        raise SystemExit(
+            f"cannot report on the run any more ({e.strerror or e}); stopped after iteration {run.iter_num}, "
+            f"{saved}; repair that, then go on with --init_from=resume"
+        ) from None
 
 
 def peak_flops(runtime: Runtime) -> float:
@@ -1216,10 +1257,10 @@ def configure_ppo(
 ) -> tuple[TrainConfig, PPOConfig, dict, str, dict | None]:
     """Settings, the reference's checkpoint, and path and content of the state of a PPO run to go on with."""
     out_dir = given.get("out_dir", TrainConfig.out_dir)
-    path, state_path = (os.path.join(out_dir, name) for name in ("ckpt.pt", "ppo_ckpt.pt"))
+    path = os.path.join(out_dir, "ckpt.pt")
     if given.get("init_from") not in ("resume", "auto"):
         raise SystemExit(f"--ppo fine-tunes {path}; add --init_from=resume")
-    states = [p for p in (state_path, *numbered(out_dir, "ppo_ckpt")) if os.path.exists(p)]
+    states = ppo_states(out_dir)
     try:
         check_early(given)
         if not states:  # of which the rest would come
@@ -1244,7 +1285,7 @@ def configure_ppo(
                 k: v for k, v in checkpoint.get("config", {}).items() if k in ("vocab_source", "data_dir")
             }
             saved = PPO_DEFAULTS | saved
-            if not {"max_iters", "ppo_iters"} & (given.keys() | ppo_given.keys()):
+            if "max_iters" not in given and not ppo_given.get("ppo_iters"):
                 ppo_given = ppo_given | {"ppo_iters": PPO_ITERS}
         if "max_iters" in given:
             saved.pop("ppo_iters", None)
@@ -1276,7 +1317,7 @@ def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: d
         held_out = StoryStarts(folder, "val").sample(np.random.default_rng(0), count, ppo.start_len)
         return lambda i, n: stories.sample(np.random.default_rng([cfg.seed, i]), n, ppo.start_len), held_out
     try:
-        with open(ppo.prompts, encoding="utf-8") as f:
+        with open(ppo.prompts, encoding="utf-8-sig") as f:
             lines = [line.rstrip("\n") for line in f if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else f"not UTF-8 ({e.reason})"
@@ -1333,7 +1374,8 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
                 f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --ppo_iters",
                 file=sys.stderr,
             )
-    train_ppo(run, metrics, Interrupt(), write_model)
+    with rescued(run, lambda: run.save(write_model, best=False)):
+        train_ppo(run, metrics, Interrupt(), write_model)
     leave_together(runtime)
 
 
@@ -1403,7 +1445,7 @@ def main(argv: list[str] | None = None) -> None:
                 file=sys.stderr,
             )
         held = held or (None if cfg.eval_only else claim(out_dir, make=True))
-        metrics = open_metrics(cfg, run.iter_num)
+        metrics = open_metrics(cfg, run.iter_num, fresh=cfg.init_from != "resume")
         try:
             about = {"config": run.config, "model_args": asdict(model.args)}
             if not cfg.fsdp:  # a split model cannot tell a story on one rank
@@ -1416,10 +1458,14 @@ def main(argv: list[str] | None = None) -> None:
             f"{model.num_parameters():,} parameters on {runtime.world_size} x {runtime.device}, "
             f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration"
         )
-    pretrain(run, metrics, tokenizer)
+    with rescued(run, lambda: run.save(best=False)):
+        pretrain(run, metrics, tokenizer)
     run.train_model = None  # nothing of DDP may be left either
     leave_together(runtime)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None

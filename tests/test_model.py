@@ -338,6 +338,8 @@ def test_sampling_follows_the_distribution(options):
 
 def test_sampling_edges():
     logits = torch.tensor([[0.0, 5.0, 5.0, -math.inf]])
+    for temperature in (0, 1e-45, 1e-39, 1e-30):  # at the least, logits / temperature would be infinite
+        assert sample(logits, torch.tensor([0.4]), temperature=temperature).item() == 1
     assert sample(logits, torch.tensor([0.99]), temperature=0).item() == 1
     assert sample(logits, torch.tensor([1 - 2**-24])).item() == 2
     assert sample(logits, torch.tensor([0.0])).item() == 0
@@ -477,6 +479,21 @@ def test_cli_samples_and_mistakes(tmp_path, data_dir, capsys):
         assert message in str(e.value) and "\n" not in str(e.value) and capsys.readouterr().err == ""
 
 
+def test_a_tokenizer_that_lacks_ids_is_refused(tmp_path, data_dir):
+    from conftest import VOCAB
+
+    path = tmp_path / "ckpt.pt"
+    config = {"vocab_source": "custom", "data_dir": data_dir}
+    M.save_checkpoint(path, checkpoint_of(make(vocab_size=VOCAB + 9), config=config))
+    with pytest.raises(SystemExit, match=f"has {VOCAB} pieces and the model {VOCAB + 9}.*put that one back"):
+        M.main(["--checkpoint", str(path), f"--tokenizer={data_dir}/tok{VOCAB}.model"])
+
+
+def test_a_start_may_have_a_byte_order_mark(tmp_path):
+    (tmp_path / "start.txt").write_text("\ufeffOnce", encoding="utf-8")
+    assert M.read_start(f"FILE:{tmp_path}/start.txt") == "Once"
+
+
 def test_rows_of_very_different_room_share_a_batch():
     """A full row stays in the batch until enough others are; nothing may run over the context's end."""
     net = make(tie_embeddings=False)
@@ -509,7 +526,7 @@ def test_an_unreadable_checkpoint_is_one_line():
         M.load_checkpoint("/proc/self/mem")
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128, 384])
+@pytest.mark.parametrize("dim", [64, 80, 128, 384, 640, 896, 1152, 1408])
 def test_a_model_for_run_c_is_told_from_a_checkpoint(dim, tmp_path):
     """Also those whose first byte, of dim, is that of a pickle or of a zip archive, and under any name."""
     path = tmp_path / "model.pt"

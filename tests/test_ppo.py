@@ -219,6 +219,9 @@ def test_weighted_sum_of_rewards(tmp_path):
     expected = [[-1.96, 0.5, -2], [-0.5, 0, 0], [-0.5, 0, -2]]
     np.testing.assert_allclose(scores.numpy(), expected, atol=1e-6)
     assert scorer([], [], []).shape == (0, 3)
+    (tmp_path / "c++").mkdir()
+    shutil.copy(tmp_path / "mine.py", tmp_path / "c++")
+    assert len(Scorer(PPOConfig(reward=f"{tmp_path}/c++/mine.py:g"), Scripted()).parts) == 1
 
 
 @pytest.mark.parametrize(
@@ -1976,9 +1979,10 @@ def test_prompts_from_a_file(data_dir, base, tmp_path, tune):
     assert sample(0, 5) == sample(0, 5) != sample(1, 5) and all(p[0] == END for p in sample(0, 5))
     out = tune("out", "--ppo_iters=1", f"--prompts={path}")
     assert "'Once there was a a'" in out and "'Once there was a k'" in out
-    path.write_text("Hello\nBye\n")  # too few to hold any out
+    path.write_text("\ufeffHello\nBye\n", encoding="utf-8")  # too few to hold any out
     sample, held_out, _ = sources(data_dir, checkpoint, prompts=str(path))
-    assert len(held_out) == 2 and len({tuple(p) for p in sample(0, 50)}) == 2
+    assert held_out == [tokenizer.encode(x) for x in ("Hello", "Bye")]
+    assert len({tuple(p) for p in sample(0, 50)}) == 2
     for text, message in [
         ("\n \n", "no prompt"),
         ("word " * 100, "context of 64"),

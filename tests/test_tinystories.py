@@ -1722,3 +1722,17 @@ def test_from_text_to_tokens_as_commands(tmp_path):
     assert visible(tmp_path / "data") == ["TinyStories_all_data", "tok310", "tok310.model"]
     readonly = run("train_vocab", "--vocab_size=301", "--data_dir=/proc/none", cwd=tmp_path)
     assert readonly.returncode == 1 and readonly.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs ulimit")
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    """macOS begins with 256 of them; the limit that nobody may exceed is higher."""
+    script = f"""
+        ulimit -Sn 40 && cd {tmp_path} && run() {{ {sys.executable} {ROOT}/tinystories.py $@; }}
+        run synth --num_stories=120 --num_shards=60 && run train_vocab --vocab_size=384 &&
+        run pretokenize --vocab_size=384 --num_workers=1 && PYTHONPATH={ROOT} {sys.executable} -c '
+from tinystories import TokenBatches
+print(len(TokenBatches("data/tok384", "train", 1, 8)._shards))'
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("\n59\n"), done.stderr

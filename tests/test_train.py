@@ -1,5 +1,6 @@
 """train.py: whole runs on a small data folder, compared with brute force and with each other."""
 
+import errno
 import json
 import math
 import os
@@ -611,7 +612,7 @@ def test_the_newest_states_are_kept_and_a_damaged_one_is_passed_over(fit, tmp_pa
     damaged[len(damaged) // 2] ^= 4
     (out_dir / "last.pt").write_bytes(damaged)
     shutil.copy(out_dir / "last-00000004.pt", out_dir / "ckpt.pt")  # the best is as new: it is damaged, too
-    out = fit("out", "--max_iters=12", "--init_from=resume")
+    out = fit("out", "--max_iters=12", "--init_from=resume", "--keep=1")
     assert f"{out_dir / 'last.pt'} cannot be read as a checkpoint: the checksum" in out
     assert f"from {out_dir / 'last-00000006.pt'}, iteration 6" in out
     assert same(state(out_dir)["model"], state(tmp_path / "whole")["model"])
@@ -682,6 +683,77 @@ def test_a_full_disk_leaves_what_was_there(fit, tmp_path):
     fit("out", "--init_from=resume", "--max_iters=8")
     fit("whole", "--max_iters=8")
     assert same(state(tmp_path / "out"), state(tmp_path / "whole"))
+
+
+def test_a_log_on_a_full_disk_costs_no_step(fit, tmp_path, monkeypatch):
+    flags, log = ["--eval_interval=1000", "--max_iters=12"], train.Metrics.log
+
+    def full(self, iter_num, values):
+        if iter_num == 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        log(self, iter_num, values)
+
+    monkeypatch.setattr(train.Metrics, "log", full)
+    with pytest.raises(SystemExit, match="cannot report .*No space left.*saved up to 7; .*=resume"):
+        fit("out", *flags)
+    monkeypatch.undo()
+    fit("out", *flags, "--init_from=resume")
+    fit("whole", *flags)
+    assert same(state(tmp_path / "out"), state(tmp_path / "whole"))
+
+
+def test_a_closed_pipe_costs_no_step(tmp_path, data_dir):
+    """As of `| head`: standard error tells of it in one line."""
+    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--eval_interval=20"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--max_iters=100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("  > "):  # a story after the first evaluation
+            pass
+        process.stdout.close()
+        lines = re.split("[\r\n]", process.stderr.read())
+    said = [line for line in lines if line.strip() and "it/s" not in line and "%|" not in line]
+    assert process.returncode == 1 and len(said) == 1 and "Broken pipe" in said[0], lines
+    assert "saved up to 20" in said[0] and state(tmp_path)["iter_num"] == 20
+
+
+@pytest.mark.parametrize("before, stops", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_terminal_that_closes_is_a_wish_to_stop(before, stops):
+    """But not to a run that nohup started."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, before)
+        interrupt = train.Interrupt()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupt.asked == stops
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_a_log_from_the_start_on_keeps_what_others_logged(tmp_path):
+    """Going on from iteration 0 drops what came after it; a fresh run all of its kind, nothing of PPO's."""
+    path, cfg = tmp_path / "metrics.jsonl", TrainConfig(out_dir=str(tmp_path))
+    lines = [{"iter": 0, "loss/val": 6.0}, {"iter": 1, "loss/train": 5.0}, {"iter": 1, "ppo/J": -1.0}]
+    for fresh, kept in ((False, [0, 2]), (True, [2])):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        train.Metrics(cfg, 0, fresh=fresh)
+        assert [json.loads(line) for line in path.read_text().splitlines()] == [lines[i] for i in kept]
+
+
+def test_resume_keeps_the_precision_but_not_llama2cs(fit, tmp_path):
+    out_dir = tmp_path / "out"
+    fit("out", "--max_iters=2", "--dtype=bfloat16", "--keep=3")
+    fit("out", "--max_iters=4", "--init_from=resume")
+    fit("whole", "--max_iters=4", "--dtype=bfloat16")
+    assert same(state(out_dir)["model"], state(tmp_path / "whole")["model"])
+    assert load_checkpoint(out_dir / "last.pt")["config"]["keep"] == 3
+    checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+    del checkpoint["data"]  # which only this project's have
+    (tmp_path / "theirs").mkdir()
+    torch.save(checkpoint, tmp_path / "theirs" / "ckpt.pt")
+    fit("theirs", "--max_iters=6", "--init_from=resume")
+    assert load_checkpoint(tmp_path / "theirs" / "last.pt")["config"]["dtype"] == "auto"
 
 
 def test_a_damaged_shard_ends_the_run_with_its_state_saved(fit, tmp_path, data_dir):
