@@ -120,7 +120,7 @@ def test_a_run_goes_from_one_process_to_parts_on_two_and_four_and_back(data_dir,
         "last-00000004.dcp",
     ]
     assert not (other / "last.pt").exists()
-    out = run(4, [*there, "--max_iters=6", "--fsdp"])
+    out = run(4, [*there, "--max_iters=6", "--fsdp", "--keep=1"])
     assert "last-00000004.dcp, iteration 4" in out
     run(0, [*there, "--max_iters=8"])
     assert numbered(str(other), "last") == [] and (other / "last.pt").exists()
