@@ -318,13 +318,21 @@ static void close_file(File *file) {
     if (!file->mapped) free((void *)(uintptr_t)file->data);
 }
 
-// The text in a file, or on stdin, if the path is "-".
+// The text in a file, or on stdin, if the path is "-"; without a byte order mark, and with \r\n as \n.
 static Text read_text(const char *path) {
     Text t = {0};
-    if (!strcmp(path, "-")) return read_stream(stdin, "stdin");
-    File f = open_file(path, "; name a text file that is");
-    text_append(&t, f.data, f.size);
-    close_file(&f);
+    if (!strcmp(path, "-")) {
+        t = read_stream(stdin, "stdin");
+    } else {
+        File f = open_file(path, "; name a text file that is");
+        text_append(&t, f.data, f.size);
+        close_file(&f);
+    }
+    size_t n = 0;
+    for (size_t i = t.len >= 3 && !memcmp(t.data, "\xEF\xBB\xBF", 3) ? 3 : 0; i < t.len; i++) {
+        if (t.data[i] != '\r' || i + 1 == t.len || t.data[i + 1] != '\n') t.data[n++] = t.data[i];
+    }
+    t.len = n;
     return t;
 }
 
@@ -449,6 +457,8 @@ static void meet(Pool *p) {
 static void *worker(void *argument) {
     Worker self = *(Worker *)argument;
     free(argument);
+    pthread_mutex_lock(&self.pool->mutex);  // until start_pool knows how many there are
+    pthread_mutex_unlock(&self.pool->mutex);
     for (;;) {
         meet_all(self.pool);
         if (!self.pool->work) return NULL;
@@ -466,17 +476,25 @@ static void run_all(Pool *p, void (*work)(void *, int), void *context) {
     meet(p);
 }
 
-static void start_pool(Pool *p, int n) {
-    *p = (Pool){.size = n, .n = n};
+// n threads, or, if fewer will do, as many as can be started.
+static void start_pool(Pool *p, int n, bool fewer_will_do) {
+    *p = (Pool){.size = 1};
     p->threads = allocate(n, 1, sizeof(pthread_t), "threads");
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
-    for (int i = 1; i < n; i++) {
+    pthread_mutex_lock(&p->mutex);
+    for (; p->size < n; p->size++) {
         Worker *w = allocate(1, 1, sizeof *w, "threads");
-        *w = (Worker){p, i};
-        int error = pthread_create(&p->threads[i - 1], NULL, worker, w);
-        if (error) die("-j", "cannot start thread %d: %s", i + 1, strerror(error));
+        *w = (Worker){p, p->size};
+        int error = pthread_create(&p->threads[p->size - 1], NULL, worker, w);
+        if (error && !fewer_will_do) die("-j", "cannot start thread %d: %s", p->size + 1, strerror(error));
+        if (error) {
+            free(w);
+            break;
+        }
     }
+    p->n = p->size;
+    pthread_mutex_unlock(&p->mutex);
 }
 
 static void stop_pool(Pool *p) {
@@ -991,7 +1009,9 @@ typedef struct {
     RunState state;
     const Kernels *kernels;
     Pool *pool;
-    Pace pace;
+    Pace pace;           // of one token
+    Pace many_pace;      // of a token each of many stories; time is that of one of them
+    bool many;           // such are fed
     void *packed;        // the weights as matmul reads them, where the file has them otherwise
     const Row *rows;     // what forward() feeds: n_rows of them,
     int n_rows;
@@ -1305,6 +1325,7 @@ static void load_model(Model *m, const char *path, const Kernels *kernels) {
         die(path, "damaged: %zu bytes, but its header describes only %zu" REMAKE, m->file.size, f.at);
     }
     m->pace = start_pace(m->file.size <= SMALL_MODEL);
+    m->many_pace = start_pace(false);
 }
 
 // Matrices are read by bands of LANES rows: vector after vector, each with 4 bytes of every row (a float, or 4
@@ -1598,12 +1619,11 @@ static void feed(Model *m, const Row *rows, int n, int first_logits) {
     m->n_rows = n;
     m->first_logits = first_logits;
     Pool *pool = m->pool;
-    const bool adapt = n == 1 && pool->size > 1;
-    const double start = adapt ? now() : 0;
-    pool->n = adapt ? choose_threads(&m->pace, pool->size) : pool->size;
+    Pace *pace = pool->size == 1 ? NULL : n == 1 ? &m->pace : m->many ? &m->many_pace : NULL;
+    const double start = pace ? now() : 0;
+    pool->n = pace ? choose_threads(pace, pool->size) : pool->size;  // who samples, too
     run_all(pool, forward_share, m);
-    if (adapt) note_time(&m->pace, now() - start);
-    pool->n = pool->size;
+    if (pace) note_time(pace, (now() - start) / n);
 }
 
 static void check_logits(const Model *m, const float *logits, int pos) {
@@ -1679,12 +1699,26 @@ static void draft_share(void *context, int thread) {
     free_activation(&rounded);
 }
 
+// Bytes that this machine has, or this process may have
+static double memory_limit(void) {
+    double bytes = HUGE_VAL;
+#if defined(_SC_PHYS_PAGES) && !defined(_WIN32)
+    bytes = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+#endif
+#ifdef RLIMIT_AS
+    struct rlimit limit;
+    const bool limited = getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+    if (limited) bytes = fmin(bytes, (double)limit.rlim_cur);
+#endif
+    return bytes;
+}
+
 // Whether a copy of these weights may save time: of fp32 ones that are too large for a cache, where there is memory
 static bool drafts_pay(const Model *m) {
-#if defined(_SC_PHYS_PAGES) && !defined(_WIN32)
-    if ((double)m->file.size > (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / 2) return false;
-#endif
-    return m->config.bits == 32 && m->file.size > SMALL_MODEL;
+    if (m->config.bits != 32 || m->file.size <= SMALL_MODEL || (double)m->file.size > memory_limit() / 2) return false;
+    void *room = malloc(m->file.size / 3);
+    free(room);
+    return room != NULL;
 }
 
 static void make_draft(Draft *d, Model *m, int most) {
@@ -1705,6 +1739,7 @@ static void make_draft(Draft *d, Model *m, int most) {
         t->units = DRAFT_GROUP / 4;
     }
     allocate_bands(copy);
+    copy->pool->n = copy->pool->size;
     run_all(copy->pool, draft_share, d);
     d->most = most;
 }
@@ -2177,7 +2212,8 @@ typedef struct {
     Draft draft;
     int draft_size;         // tokens to guess ahead, at most; -1: as many as pay
     int limit;              // positions that may be used
-    bool flush_each;        // stdout is a terminal: show each token at once
+    bool flush_each;        // stdout is a terminal: show each token at once,
+    double flushed;         // or else what came since then, a few times a second
     bool stats;             // print what was measured as JSON
     bool plain;             // chat without a template
 } Session;
@@ -2259,7 +2295,10 @@ static Tokens encode_prompt(const Session *s, const char *text, size_t n) {
 static void print_text(Session *s, Text *t) {
     if (t->len && fwrite(t->data, 1, t->len, stdout) < t->len) check_stdout();
     t->len = 0;
-    if (s->flush_each) flush_stdout();
+    if (s->flush_each || now() - s->flushed > 0.1) {
+        flush_stdout();
+        s->flushed = now();
+    }
 }
 
 static bool ends(int id) { return id == BOS || id == EOS; }
@@ -2297,7 +2336,7 @@ static void begin_story(Session *s, Story *story, const Tokens *t, uint64_t seed
                         const float *prompt_logits) {
     const Config *c = &s->model.config;
     const int fed = t->n < s->limit ? t->n : s->limit;
-    *story = (Story){.rng = seed, .pos = fed, .prev = BOS, .next = BOS};
+    *story = (Story){.rng = seed ? seed : 1, .pos = fed, .prev = BOS, .next = BOS};
     if (first) {
         const size_t size = (size_t)c->head_size * c->kv_bytes, bytes = round_up((size_t)fed, LANES) * size;
         reserve_memory(&s->model, &story->memory, fed);
@@ -2374,17 +2413,26 @@ static void tell_on(Session *s, Story *story) {
     d->right += right;
 }
 
+// Bytes that a story of so many positions takes
+static double memory_of_story(const Model *m, int positions) {
+    const Config *c = &m->config;
+    return 2.0 * c->n_layers * c->kv_dim * (double)c->kv_bytes * (positions + LANES);
+}
+
 // Tells `count` stories that begin with the prompt, as many at once as there is room for, with the seeds seed,
 // seed + 1, ... Each is the story it would be alone, and they are printed in order.
 static void generate(Session *s, const Text *prompt, int count, uint64_t seed, Stats *stats) {
     Tokens t = encode_prompt(s, prompt->data, prompt->len);
     const int fed = t.n < s->limit ? t.n : s->limit;
+    if (fed < t.n) warn("-n", "the prompt is %d tokens long, only its first %d are used", t.n, fed);
     Model *m = &s->model;
     Story *stories = allocate(count, 1, sizeof(Story), "stories"), *active[MAX_ROWS];
     Row rows[MAX_ROWS];
     int begun = 0, shown = 0, n = 0;
     // from MANY rows on, weights that are read in place are summed in another order than for a story alone
-    const int most = m->packed || m->config.bits == 4 ? MAX_ROWS : MANY - 1;
+    const int rows_at_once = m->packed || m->config.bits == 4 ? MAX_ROWS : MANY - 1;
+    const double room = memory_limit() / 2 / memory_of_story(m, s->limit);
+    const int most = room < rows_at_once ? room < 1 ? 1 : (int)room : rows_at_once;
     Memory memory = {0};
 
     double start = now();
@@ -2399,8 +2447,12 @@ static void generate(Session *s, const Text *prompt, int count, uint64_t seed, S
             begin_story(s, story, &t, seed + (uint64_t)begun, count > 1 ? &source : NULL, prompt_logits);
             if (count == 1) story->memory = memory;
             if (!begun++) stats->first = now() - start;
-            if (!story->done && take_token(s, story)) active[n++] = story;
-            else story->done = true;
+            if (!story->done && take_token(s, story)) {
+                active[n++] = story;
+            } else {
+                story->done = true;
+                if (count > 1) free_memory(&story->memory);
+            }
         }
         while (shown < count && shown < begun) {  // what is next in order may be printed
             print_text(s, &stories[shown].text);
@@ -2421,7 +2473,9 @@ static void generate(Session *s, const Text *prompt, int count, uint64_t seed, S
             stats->decoded = stories[0].pos - fed;
         } else {
             for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->memory};
+            m->many = true;
             forward(m, rows, n, 0);
+            m->many = false;
             sample_all(s, active, n);
             stats->decoded += n;
         }
@@ -2448,7 +2502,7 @@ static void generate(Session *s, const Text *prompt, int count, uint64_t seed, S
         int pos = stories[0].pos;
         if (pos > 1 && seconds > 0) {
             fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
-                    ends(stories[0].next) ? "" : ", cut off");
+                    fed == t.n && ends(stories[0].next) ? "" : ", cut off");
         }
         free_memory(&stories[0].memory);
     } else {
@@ -2470,6 +2524,7 @@ static bool ask(const char *question, Text *line) {
     line->len = 0;
     text_append(line, "", 0);
     while ((c = getchar()) != EOF && c != '\n') text_append(line, &(char){(char)c}, 1);
+    if (c == '\n' && line->len > 0 && line->data[line->len - 1] == '\r') line->len--;
     return c != EOF || line->len > 0;
 }
 
@@ -2494,13 +2549,17 @@ static void render_turn(Text *out, const Text *system, const Text *user, bool pl
 }
 
 // Samples an answer up to its end or the end of the context.
-static void answer(Session *s, Story *chat, const Tokens *t) {
+static void answer(Session *s, Story *chat, const Tokens *t, Stats *stats) {
     Model *m = &s->model;
+    const double start = now();
     text_append(&chat->text, "Assistant: ", s->plain ? 0 : 11);
     chat->prev = t->ids[t->n - 1];
     prefill(m, &chat->memory, t->ids, t->n, chat->pos);
+    const double prompted = now();
     chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
+    if (stats->stories++ == 0) stats->first = now() - start;
     chat->pos += t->n;
+    const int asked = chat->pos;
     if (chat->pos < s->limit) prepare_draft(s, chat->pos);
     while (take_token(s, chat)) {
         print_text(s, &chat->text);
@@ -2510,12 +2569,16 @@ static void answer(Session *s, Story *chat, const Tokens *t) {
         Row row = {EOS, chat->pos++, &chat->memory};
         forward(m, &row, 1, 1);
     }
+    stats->prompt_tokens += t->n;
+    stats->prompt += prompted - start;
+    stats->decoded += chat->pos - asked;
+    stats->decode += now() - prompted;
     print_text(s, &chat->text);
     putchar('\n');
     flush_stdout();
 }
 
-static void chat(Session *s, const Text *first_user, const char *first_system, uint64_t seed) {
+static void chat(Session *s, const Text *first_user, const char *first_system, uint64_t seed, Stats *stats) {
     const int seq_len = s->model.config.seq_len;
     Text system = {0}, user = {0}, turn = {0};
     Story story = {.rng = seed};
@@ -2536,7 +2599,7 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
         Tokens t = encode_prompt(s, turn.data, turn.len);
         bool fits = t.n <= s->limit - story.pos;
         if (!fits && turns == 0) die("-n", "the first prompt is %d tokens long, more than %d", t.n, s->limit);
-        if (fits) answer(s, &story, &t);
+        if (fits) answer(s, &story, &t, stats);
         free(t.ids);
         if (!fits || story.pos == s->limit) {
             fprintf(stderr, "run: the context of %d tokens is full, the chat ends here%s\n", s->limit,
@@ -2545,6 +2608,7 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
         }
     }
     flush_stdout();
+    if (s->stats) print_stats(s, stats);
     free_memory(&story.memory);
     free(story.text.data);
     free(system.data);
@@ -2772,6 +2836,7 @@ static Options parse_options(int argc, char **argv) {
         set_option(&o, known[k].key, equals ? known[k].name : arg, value);
     }
     if (o.stories < 1) die("-b", "there must be at least one story" SEE_HELP);
+    if (o.stories > 1 && o.chat) die("-b", "is for stories, not for a chat; leave one of them out" SEE_HELP);
     if (o.prompt && o.file) die("-f", "the prompt is already given with -i; leave one of them out");
     if (!o.model) die("", "no model given; usage: run MODEL.bin [options], run --help lists them");
     return o;
@@ -2809,21 +2874,33 @@ static Text read_prompt(const Options *o) {
     return t;
 }
 
+#ifndef _WIN32
+// A file that is mapped into memory can be cut short, or its disk fail, while we read it.
+static void lost_file(int number) {
+    static const char message[] = "run: a file was cut short while in use, or cannot be read; put a whole one there\n";
+    (void)number;
+    const ssize_t written = write(STDERR_FILENO, message, sizeof message - 1);
+    (void)written;  // there is nobody else to tell
+    _exit(EXIT_FAILURE);
+}
+#endif
+
 int main(int argc, char **argv) {
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
     _setmode(_fileno(stdout), _O_BINARY);
 #else
     signal(SIGPIPE, SIG_IGN);  // a reader that went away is a write error, reported as such
+    signal(SIGBUS, lost_file);
 #endif
     program_start = now();
     Options o = parse_options(argc, argv);
     Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats, .plain = o.plain, .draft_size = o.draft};
     Pool pool;
     load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
-    start_pool(&pool, o.threads ? o.threads : physical_cores());
+    start_pool(&pool, o.threads ? o.threads : physical_cores(), o.threads == 0);
     s.model.pool = &pool;
-    if (!o.tokens) pack_model(&s.model);
+    if (!o.tokens || o.perplexity) pack_model(&s.model);
     load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer());
     warn_of_wrong_tokenizer(&s);
     const int vocab_size = s.model.config.vocab_size, seq_len = s.model.config.seq_len;
@@ -2839,7 +2916,7 @@ int main(int argc, char **argv) {
         bool given = o.file || (o.prompt && strcmp(o.prompt, "-"));  // chat reads stdin anyway
         Text first = {0};
         if (given) first = read_prompt(&o);
-        chat(&s, given ? &first : NULL, o.system, seed);
+        chat(&s, given ? &first : NULL, o.system, seed, &stats);
         free(first.data);
     } else {
         Text prompt = read_prompt(&o);

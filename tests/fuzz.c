@@ -475,7 +475,7 @@ static void use_in_place(const Kernels *kernels) {
     Pool pool;
     Memory memory = {0};
     load_model(&m, "m", kernels);
-    start_pool(&pool, 1);
+    start_pool(&pool, 1, false);
     m.pool = &pool;
     if (m.config.bits == 32) prefill(&m, &memory, ids, m.config.seq_len < 6 ? m.config.seq_len : 6, 0);
     free_memory(&memory);

@@ -17,6 +17,7 @@ import resource
 import shutil
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -690,6 +691,10 @@ def test_prompt_from_a_file(builds, tmp_path, tokenizer):
     ids = run_ok(builds.checked, model, "-z", tokenizer, "-f", prompt, "--tokens")
     assert ids == run_ok(builds.checked, model, "-z", tokenizer, "-i", "ab\nc", "--tokens")
     assert run_ok(builds.checked, model, "-z", tokenizer, "--file=-", "--tokens", stdin=b"ab\nc\n") == ids
+    prompt.write_bytes(b"\xef\xbb\xbfab\r\nc\r\n")  # as Windows writes it
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-f", prompt, "--tokens") == ids
+    piped = run_ok(builds.checked, model, "-z", tokenizer, "-i", "-", "--tokens", stdin=prompt.read_bytes())
+    assert piped == ids
     assert_error(run(builds.checked, model, "-z", tokenizer, "-f", "no/such.txt"), "no/such.txt")
     assert_error(run(builds.checked, model, "-z", tokenizer, "-f", prompt, "-i", "a"), "-f", "-i")
 
@@ -728,8 +733,98 @@ def test_perplexity(builds, tmp_path, tokenizer):
     assert abs(float(out.split()[1][:-1]) / np.exp(mean) - 1) < 1e-4
     args = builds.checked, model, "-z", tokenizer
     assert run_ok(*args, "--perplexity=-", stdin=file.read_bytes()).decode() == out
+    windows = b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n")
+    assert run_ok(*args, "--perplexity=-", stdin=windows).decode() == out
+    model.write_bytes(model_bytes(s, w, 2, 16))  # whose weights --tokens alone does without
+    assert run_ok(*args, "--perplexity", file, "--tokens") == run_ok(*args, "--perplexity", file)
     file.write_text("<|endoftext|> \n")
     assert_error(run(*args, "--perplexity", file), file, "no text")
+
+
+@pytest.fixture
+def large_model(tmp_path):
+    """Beyond what a cache holds, so that it is read where it is mapped: of zeros, with all tokens alike."""
+    s = Shape(dim=512, hidden_dim=3000, n_layers=2, n_heads=8, n_kv_heads=1, seq_len=20000)
+    layer = 2 * s.dim + 3 * s.dim * s.hidden_dim + 2 * s.dim * (s.dim + s.dim // s.n_heads)
+    weights = s.vocab_size * s.dim + s.dim + s.n_layers * layer
+    path = tmp_path / "large.bin"
+    path.write_bytes(s.ints())
+    os.truncate(path, 28 + 4 * (weights + s.seq_len * s.dim // s.n_heads))
+    assert path.stat().st_size > 40e6
+    return path
+
+
+def limited(size, *args, **how):
+    """run, but with no more than so many bytes of memory."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size))  # noqa: E731
+    return subprocess.run([str(a) for a in args], capture_output=True, env=ENV, timeout=60, check=False,
+                          preexec_fn=limit, **how)
+
+
+def test_memory_for_a_story_is_memory_enough(builds, large_model, tokenizer):
+    """Where there is none for a draft too, none is made. Both want the same for anything else."""
+    args = builds.fast, large_model, "-z", tokenizer, "-j", 1, "-s", 1, "-n", 60
+    size, ends = large_model.stat().st_size, set()
+    for room in range(4, 80, 6):
+        r, plain = (limited(size + room * 1000000, *args, *more) for more in ([], ["--draft", 0]))
+        assert (r.returncode, r.stdout) == (plain.returncode, plain.stdout), r.stderr
+        ends.add(r.returncode)
+    assert ends == {0, 1}
+
+
+def test_threads_that_cannot_start_are_done_without(builds, tmp_path, tokenizer):
+    args = builds.fast, markov_model(tmp_path / "m.bin", chain([260, 261, EOS])), "-z", tokenizer, "-t", 0
+    expected, codes = run_ok(*args), set()
+    for room in range(4, 40, 2):  # a thread's stack takes 8 MB
+        r, many = (limited(room * 1000000, *args, *more) for more in ([], ["-j", 9]))
+        codes.add((many.returncode, r.stdout == expected))
+        assert b"cannot start" not in r.stderr
+    assert (1, True) in codes
+
+
+def test_many_stories_in_little_memory(builds, tmp_path, tokenizer):
+    """As many at once as there is room for; and those that end at once leave nothing behind."""
+    args = builds.fast, markov_model(tmp_path / "m.bin", chain([260, 260])), "-z", tokenizer, "-t", 0, "-j", 1
+    r = limited(40_000_000, *args, "-b", 400, "-n", 60)
+    assert r.returncode == 0 and r.stdout.count(b"\n") == 400, r.stderr
+    few, many = (run(*args, "-b", n, "-n", 1, "--stats").stderr.splitlines()[-1] for n in (2, 4000))
+    assert json.loads(many)["memory_bytes"] < json.loads(few)["memory_bytes"] + 4e6
+
+
+def test_a_file_cut_short_while_it_is_read(builds, large_model, tokenizer):
+    command = [str(a) for a in (builds.fast, large_model, "-z", tokenizer, "-j", 1, "-i", "-")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=ENV) as process:
+        while str(large_model) not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        time.sleep(0.3)  # now it waits for its prompt
+        os.truncate(large_model, 8192)
+        out, error = process.communicate(b"a", timeout=60)
+    assert (process.returncode, out, error.count(b"\n")) == (1, b"", 1) and b"cut short" in error
+
+
+def test_a_pipe_is_told_as_it_goes_on(builds, large_model, tokenizer):
+    command = [str(a) for a in (builds.fast, large_model, "-z", tokenizer, "-j", 1, "-n", 0, "--draft", 0)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENV) as process:
+        assert 0 < len(os.read(process.stdout.fileno(), 1 << 16)) < 4096  # of a buffer that is full
+        process.kill()
+
+
+def test_a_prompt_longer_than_the_story_is_told_of(builds, tmp_path, tokenizer):
+    model = markov_model(tmp_path / "m.bin", {BOS: 260})
+    for extra in ([], ["-b", 2]):
+        r = run(builds.checked, model, "-z", tokenizer, "-i", "abcdefgh", "-n", 4, *extra)
+        assert r.returncode == 0 and b"run: -n: the prompt is 10 tokens long, only its first 4" in r.stderr
+    assert b"cut off" in run(builds.checked, model, "-z", tokenizer, "-i", "abcdefgh", "-n", 4).stderr
+
+
+def test_the_seed_after_the_last_is_not_0(builds, tmp_path, tokenizer):
+    """From which xorshift would draw nothing but 0."""
+    model = tmp_path / "m.bin"
+    model.write_bytes(model_bytes(Shape(), random_weights(Shape())))
+    args = builds.checked, model, "-z", tokenizer, "-t", 1, "-p", 1, "-n", 12
+    told = run_ok(*args, "-s", 2**64 - 1, "-b", 2)
+    assert told == run_ok(*args, "-s", 2**64 - 1) + run_ok(*args, "-s", 1)
 
 
 def markov_model(path, successors, vocab_size=300, seq_len=64):
@@ -1235,6 +1330,15 @@ def test_chat_closes_every_answer(builds, tmp_path, tokenizer):
     for room, out in [(2 * len(ids) + 3, b"ok\nUser: Assistant: o\n"), (2 * len(ids) + 2, b"ok\nUser: ")]:
         r = run(*args, "-n", room, stdin=b"hi\n")
         assert (r.returncode, r.stdout) == (0, b"Assistant: " + out) and b"is full" in r.stderr
+
+
+def test_chat_on_windows_and_its_stats(builds, tmp_path, tokenizer):
+    args = builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", ""
+    r, windows = (run(*args, "--stats", stdin=text) for text in (b"hi\nho\n", b"hi\r\nho\r\n"))
+    stats, same = (json.loads(x.stderr.splitlines()[-1]) for x in (r, windows))
+    assert r.stdout == windows.stdout and stats["prompt_tokens"] == same["prompt_tokens"] > 20
+    assert (stats["stories"], stats["decoded_tokens"]) == (2, 2 * 3) and stats["first_token_seconds"] > 0
+    assert_error(run(*args, "-b", 3), "-b", "leave one of them out")
 
 
 @needs_stories
