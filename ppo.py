@@ -713,7 +713,7 @@ class PPO:
         self.evaluated, self.evaluation = False, {}
         self.best = (-math.inf, 0.0)  # reward and KL of the best evaluation
         self.saved = -1  # the newest state's iteration
-        self.size = rollout_size(ppo, cfg)
+        self.size, self.longest = rollout_size(ppo, cfg), min(ppo.max_gen_len, self.args.max_seq_len)
         self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
 
     # -- collecting
@@ -738,7 +738,7 @@ class PPO:
         began = time.perf_counter()
         rows = ROLLOUT_ROWS if runtime.kind == "cpu" else max(1, len(prompts))
         chunks = [slice(i, i + rows) for i in range(0, len(prompts), rows)]
-        cap, end_id = self.ppo.max_gen_len, self.tokenizer.bos_id
+        cap, end_id = self.longest, self.tokenizer.bos_id
         with runtime.gathered(self.policy):
             rollouts = runtime.map(
                 lambda c: rollout(
@@ -1057,7 +1057,7 @@ class PPO:
             group["lr"] = ppo.critic_lr if "critic" in group else self.learning_rate()
         prompts = self.prompts(self.iter_num, self.size // ppo.group_size)
         prompts = [prompt for prompt in prompts for _ in range(ppo.group_size)]
-        u = torch.rand(self.size, ppo.max_gen_len, generator=self.generator(1, self.iter_num))
+        u = torch.rand(self.size, self.longest, generator=self.generator(1, self.iter_num))
         until = torch.rand(self.size, generator=self.generator(4, self.iter_num)) if ppo.exact_end else None
         batch = self.collect(prompts, u, until)
         if not self.shared:  # the largest tensor, and of no more use
@@ -1123,7 +1123,7 @@ class PPO:
         """Held-out prompts, always with the same random numbers: describe, and the text's quality."""
         samples = self.ppo.eval_samples
         prompts = [prompt for prompt in self.eval_prompts for _ in range(samples)]
-        u = torch.rand(len(prompts), self.ppo.max_gen_len, generator=torch.Generator().manual_seed(EVAL_SEED))
+        u = torch.rand(len(prompts), self.longest, generator=torch.Generator().manual_seed(EVAL_SEED))
         # no more at once than in training, or than is little for a GPU: features are large
         parts, rows = [], self.size if self.runtime.kind == "cpu" else max(self.size, GPU_EVAL_ROWS)
         for i in range(0, len(prompts), rows):
@@ -1157,10 +1157,8 @@ class PPO:
         return {name.replace("ppo/", "ppo/eval/", 1): value for name, value in values.items()}
 
     def is_best(self, reward: float, kl: float) -> bool:
-        """Whether J of a held-out evaluation is the highest so far, at beta as it is now; remembers it."""
-        if better := reward - self.beta * kl > self.best[0] - self.beta * self.best[1]:
-            self.best = (reward, kl)
-        return better
+        """Whether J of a held-out evaluation is the highest so far, at beta as it is now."""
+        return reward - self.beta * kl > self.best[0] - self.beta * self.best[1]
 
     # -- state
 
@@ -1341,12 +1339,13 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
         due = (run.iter_num - run.first) % cfg.eval_interval == 0 or done or cfg.eval_only
         if due and (not run.evaluated or cfg.eval_only):
             values = run.evaluate()
-            best = run.iter_num > run.first and run.is_best(values["ppo/eval/reward"], values["ppo/eval/kl"])
-            run.evaluated = True
+            held_out = values["ppo/eval/reward"], values["ppo/eval/kl"]
+            best = run.iter_num > run.first and run.is_best(*held_out)
             if metrics:
                 print(verdict(run, values, best))
                 show_stories(run)
                 metrics.log(run.iter_num, values)
+            run.best, run.evaluated = held_out if best else run.best, True
             if not cfg.eval_only and run.iter_num > run.first:
                 run.save(write_model, best or cfg.always_save_checkpoint)
         # whoever was asked tells the others: the ranks stop together
@@ -1392,7 +1391,9 @@ def read_metrics(path: str) -> tuple[list[dict], list[dict]]:
         for i, line in enumerate(f, start=1):
             try:
                 lines += [dict(json.loads(line))] if line.endswith("\n") else []
-            except (ValueError, TypeError):
+                if lines and "ppo/kl" in lines[-1]:
+                    float(lines[-1]["iter"]), float(lines[-1]["ppo/episodes"])
+            except (ValueError, TypeError, KeyError):
                 raise SystemExit(f"{path}, line {i} is damaged; delete it, then run the same again") from None
     return [x for x in lines if "ppo/kl" in x], [x for x in lines if "ppo/eval/kl" in x]
 
@@ -1452,9 +1453,10 @@ def draw(path: str, title: str, steps: list[dict], evals: list[dict], state: dic
 
     config, before, after = state["config"], state["evaluation"]["before"], state["evaluation"]["after"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    after_them = {x["iter"]: x["ppo/episodes"] for x in steps}
     size, first = steps[0]["ppo/episodes"], steps[0]["iter"] - 1
-    episodes = [x["ppo/episodes"] - size for x in steps]  # before each rollout
-    held_out = [(x["iter"] - first) * size for x in evals]
+    episodes = [after_them.get(x["iter"] - 1, x["ppo/episodes"] - size) for x in steps]  # before each rollout
+    held_out = [after_them.get(x["iter"], (x["iter"] - first) * size) for x in evals]
 
     def curve(ax, name: str, label: str) -> None:
         ax.plot(episodes, [x[f"ppo/{name}"] for x in steps], color="tab:blue", alpha=0.6, label="rollouts")

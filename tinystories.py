@@ -27,6 +27,7 @@ import os
 import random
 import re
 import reprlib
+import shlex
 import shutil
 import signal
 import sys
@@ -95,7 +96,7 @@ def command(stage: str, data_dir: str = "data", vocab_size: int = 0, more: str =
     """What to type next, for messages."""
     words = [f"python tinystories.py {stage}"]
     words += [f"--vocab_size={vocab_size}"] * (vocab_size > 0)
-    words += [f"--data_dir={data_dir}"] * (data_dir != "data")
+    words += [f"--data_dir={shlex.quote(data_dir)}"] * (data_dir != "data")
     return " ".join(words + [more] * bool(more))
 
 
@@ -103,7 +104,8 @@ def command(stage: str, data_dir: str = "data", vocab_size: int = 0, more: str =
 def claimed(data_dir: str, *names: str, shared: tuple[str, ...] = ()) -> Iterator[None]:
     """Hold locks in `data_dir` meanwhile: `names` alone, `shared` together with others that share them.
 
-    "stories" stands for the text, "tokN" for a vocabulary and its tokens. SystemExit if another has one.
+    "stories" stands for the text, "synth" for its parts to come, "tokN" for a vocabulary and its tokens.
+    SystemExit if another has one.
     """
     os.makedirs(data_dir, exist_ok=True)
     with ExitStack() as stack:
@@ -175,14 +177,12 @@ def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
         headers |= {"Range": f"bytes={have}-", "If-Range": seen["version"]}
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
-            if not is_rest(reply, part, have, seen.get("total"), flag):
+            if not is_rest(reply, part, have, seen, flag):
                 have = 0  # a first attempt, a changed file, or a server that knows no ranges
                 open(part, "wb").close()
                 length = reply.headers.get("Content-Length", "")
                 total = int(length) if re.fullmatch("[0-9]{1,15}", length) else None
-                version = reply.headers.get("ETag", "W/")  # W/ marks a weak one, of no use for ranges
-                version = reply.headers.get("Last-Modified", "") if version.startswith("W/") else version
-                seen = {"url": url, "version": version, "total": total}
+                seen = {"url": url, "version": version_of(reply), "total": total}
                 with atomic_write(part + ".json", "w") as f:
                     json.dump(seen, f)
             room = room_for(url, part, (seen["total"] or have) - have, flag)
@@ -229,13 +229,20 @@ def partial_download(url: str, part: str) -> tuple[int, dict]:
     return 0, {}
 
 
-def is_rest(reply, part: str, have: int, total: int | None, flag: str) -> bool:
+def version_of(reply) -> str:
+    """What tells this version of a file from others; "" if nothing does."""
+    tag = reply.headers.get("ETag", "W/")  # W/ marks a weak one, of no use for ranges
+    return reply.headers.get("Last-Modified", "") if tag.startswith("W/") else tag
+
+
+def is_rest(reply, part: str, have: int, seen: dict, flag: str) -> bool:
     """Does the reply hold what comes after the `have` bytes that are here? False: the whole file."""
     status, why = reply.status_code, f"the server says {reply.status_code} {reply.reason}"
     if status == 200:
         return False
-    if status == 206 and have and reply.headers.get("Content-Range") == f"bytes {have}-{total - 1}/{total}":
-        return True
+    if status == 206 and have and version_of(reply) in ("", seen["version"]):  # some ignore If-Range
+        if reply.headers.get("Content-Range") == f"bytes {have}-{seen['total'] - 1}/{seen['total']}":
+            return True
     if status in (206, 416):  # not the range that was asked for: what we have is of no use
         forget(part, part + ".json")
         raise TryAgain("the server has another version of the file")
@@ -316,14 +323,21 @@ def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, fo
     folder = stories_dir(data_dir)
     file = os.path.join(data_dir, "TinyStories-valid.txt" if small else "TinyStories_all_data.tar.gz")
     model = tokenizer_path(data_dir, 0)
-    with claimed(data_dir, "stories", "tokenizer"):
+    with claimed(data_dir, "stories", "synth", "tokenizer"):
         restore(folder)
         if os.path.isdir(folder) and not force:
             print(f"{folder} is already there: {len(os.listdir(folder))} files; --force replaces it")
         else:
+            if force:
+                forget(file)  # of an earlier download, perhaps from another address
             fetch(url or (SMALL_URL if small else STORIES_URL), file)
             if small:
-                import_into([file], data_dir, force=force)
+                try:
+                    import_into([file], data_dir, force=force)
+                except SystemExit as e:
+                    forget(file)  # else it would be "already there"
+                    raise SystemExit(f"what {url or SMALL_URL} gave is no text of stories and was dropped "
+                                     f"({e}); run the same again, or check --url=URL") from None
             else:
                 extract(file, folder)
                 print(f"{folder}: {len(shard_files(data_dir))} shards; {file} is no longer needed")
@@ -394,10 +408,11 @@ def read_text(path: str, progress: Callable[[int], object]) -> Iterator[str]:
             except UnicodeDecodeError as e:  # of e.object, the bytes up to where the file was read
                 at = f.buffer.tell() - len(e.object) + e.start
                 with open(path, "rb") as start:  # utf-16: what Windows calls Unicode
-                    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-                    encoding = "utf-16" if start.read(2) in marks else "latin1"
+                    marks = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", b"\x1f\x8b": ""}
+                    encoding, name = marks.get(start.read(2), "latin1"), shlex.quote(path)
+                convert = f"iconv -f {encoding} -t utf-8 {name}" if encoding else f"gzip -dc {name}"
                 raise SystemExit(f"{path} is not UTF-8: byte {at} is 0x{e.object[e.start]:02x}; convert it "
-                                 f"first: iconv -f {encoding} -t utf-8 {path}") from None
+                                 f"first: {convert}") from None
             progress(f.buffer.tell() - before)
             if not text:
                 return
@@ -581,7 +596,7 @@ def import_files(paths: list[str], data_dir: str, separator: str = "endoftext", 
         if not os.path.isfile(path):
             raise SystemExit(f"no such file: {path}; run: {command('import', data_dir, more='FILE.txt')} "
                              "(or .json, .jsonl)")
-    with claimed(data_dir, "stories"):
+    with claimed(data_dir, "stories", "synth"):
         import_into(paths, data_dir, separator, field, num_shards, seed, force)
 
 
@@ -597,12 +612,12 @@ def synth(data_dir: str, num_stories: int, num_shards: int, seed: int, force: bo
     """Stage `synth`. Story i depends on the seed and i alone, not on the machine or num_stories."""
     if shard:
         part, parts = shard
-        with claimed(data_dir, f"stories-{part}-of-{parts}", shared=("stories",)):
+        with claimed(data_dir, f"stories-{part}-of-{parts}", shared=("synth",)):
             synth_part(data_dir, num_stories, num_shards, seed, force, part, parts)
         return
     stories = (synth_story(random.Random(f"{seed}:{i}")) for i in range(num_stories))
     stories = tqdm(stories, "writing", num_stories, disable=None, leave=False)
-    with claimed(data_dir, "stories"):
+    with claimed(data_dir, "stories", "synth"):
         write_shards(stories, data_dir, num_shards, seed, force)
 
 
@@ -642,25 +657,28 @@ def synth_part(data_dir: str, num_stories: int, num_shards: int, seed: int, forc
         print(f"part {part} of {parts} is done; {len(missing)} of {count} shards are still to come "
               f"from other parts")
         return
-    if put_together(begun, folder):
+    if put_together(begun, data_dir, force):
         print(f"{folder}: {num_stories:,} stories in {count} shards")
         print(f"next: {command('train_vocab', data_dir, 4096)}")
     else:
         print(f"part {part} of {parts} is done; another part is putting all together")
 
 
-def put_together(parts: str, folder: str) -> bool:
-    """Make `folder` of its complete parts. False: another process does so at this moment."""
-    try:
-        with claimed(os.path.dirname(folder), "stories-parts"):
-            if os.path.isdir(parts):  # else it has been done
-                for name in os.listdir(parts):
-                    if shard_number(name) < 0:  # left over from a run that was killed
-                        os.remove(os.path.join(parts, name))
-                replace_folder(parts, folder)
-        return True
-    except SystemExit:
-        return False
+def put_together(parts: str, data_dir: str, force: bool) -> bool:
+    """Make the folder of stories of its complete parts. False: another process does so at this moment."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(claimed(data_dir, "stories-parts"))
+        except SystemExit:
+            return False
+        if os.path.isdir(parts):  # else it has been done
+            stack.enter_context(claimed(data_dir, "stories"))  # which nobody may be reading
+            folder = free_stories_dir(data_dir, force)
+            for name in os.listdir(parts):
+                if shard_number(name) < 0:  # left over from a run that was killed
+                    os.remove(os.path.join(parts, name))
+            replace_folder(parts, folder)
+    return True
 
 
 # ---- the story grammar -------------------------------------------------------------------------------
@@ -1245,10 +1263,13 @@ class TokenShard:
         return np.frombuffer(self._bytes(2 * start, 2 * count), "<u2")
 
     def _bytes(self, at: int, size: int) -> bytes:
-        self._file.seek(at)
-        data = self._file.read(size)
-        while len(data) < size and (more := self._file.read(size - len(data))):  # a read may bring less
-            data += more
+        try:
+            self._file.seek(at)
+            data = self._file.read(size)
+            while len(data) < size and (more := self._file.read(size - len(data))):  # a read may bring less
+                data += more
+        except OSError as e:
+            raise SystemExit(f"cannot read {self.path}: {e.strerror}; {self._again}") from None
         if len(data) < size:
             self._damaged(at, size, "has lost its end")
         return data

@@ -17,6 +17,7 @@ import glob
 import hashlib
 import os
 import platform
+import shlex
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -130,6 +131,9 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a story may have what an old encoding has not
+                stream.reconfigure(errors="replace")
         argv = list(sys.argv[1:] if argv is None else argv)
         for i, arg in enumerate(argv):
             if arg == "--":
@@ -264,7 +268,7 @@ def how_to_make(model_path: str) -> str:
         command = f"train_vocab --vocab_size={size}"
     else:
         return "name one that is, or run: python tinystories.py train_vocab --vocab_size=4096"
-    where = f" --data_dir={folder or '.'}" if folder != "data" else ""
+    where = f" --data_dir={shlex.quote(folder or '.')}" if folder != "data" else ""
     return f"run: python tinystories.py {command}{where}"
 
 

@@ -182,7 +182,8 @@ PPO_ITERS = 15  # where neither --ppo_iters nor --max_iters is given
 
 # what a resumed run takes from the command line (or the default), not from the run it goes on with
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "device", "fsdp"}
-NOT_LLAMA2C = {"dtype", "compile"}  # nor from llama2.c's runs: those name what was right for its GPU
+# nor from llama2.c's runs: what was right for their GPU, and their logs
+NOT_LLAMA2C = {"dtype", "compile", "wandb_log", "wandb_project", "wandb_run_name"}
 
 
 def parse_bool(text: str) -> bool:
@@ -550,8 +551,7 @@ def check_early(given: dict) -> None:
             f"no checkpoint at {cfg.init_from}; --init_from is one's path, or one of {', '.join(words)}"
             + did_you_mean(cfg.init_from, list(words))
         )
-    if pick_device(cfg.device).partition(":")[0] != "cuda" and cfg.dtype == "float16":
-        raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
+    check_machine(cfg)
     if cfg.eval_only:  # writes nothing
         return
     there = os.path.abspath(cfg.out_dir)
@@ -560,9 +560,15 @@ def check_early(given: dict) -> None:
     if not (os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)):
         why = "may not be written to" if os.path.isdir(there) else "is no folder"
         raise SystemExit(f"cannot write to {cfg.out_dir}: {there} {why}; choose another --out_dir")
+
+
+def check_machine(cfg: TrainConfig) -> None:
+    """SystemExit for settings, given or taken over from a run elsewhere, that this machine cannot follow."""
+    if pick_device(cfg.device).partition(":")[0] != "cuda" and cfg.dtype == "float16":
+        raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
     for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
-        if getattr(cfg, flag) and not importlib.util.find_spec(package):
-            raise SystemExit(f"--{flag} needs a package; run: pip install {package}")
+        if getattr(cfg, flag) and not cfg.eval_only and not importlib.util.find_spec(package):
+            raise SystemExit(f"--{flag} needs a package; run: pip install {package}, or give --{flag}=False")
 
 
 def meet(backend: str) -> None:
@@ -694,11 +700,6 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
                 return cfg, Transformer(args), "", {}
         resume = cfg.init_from == "resume"
         if resume:
-            if (ppo := ppo_states(cfg.out_dir)) and not cfg.eval_only:  # which compares with ckpt.pt
-                raise SystemExit(
-                    f"{ppo[0]} is of PPO on {cfg.out_dir}/ckpt.pt, which has to stay as it is; to go on with "
-                    f"that, add --ppo; to train, --init_from={cfg.out_dir}/ckpt.pt --out_dir=ANOTHER"
-                )
             path, checkpoint = find_state(cfg.out_dir, cfg.fsdp)
         else:
             path = os.path.normpath(cfg.init_from)  # a shell completes a folder's name with a slash
@@ -725,6 +726,13 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
         cfg = TrainConfig(**taken | given | {"init_from": cfg.init_from})
     except ValueError as e:
         raise SystemExit(f"{e}; see: python train.py --help") from None
+    check_machine(cfg)
+    more = resume and not cfg.eval_only and cfg.max_iters > checkpoint.get("iter_num", 0)
+    if more and (ppo := ppo_states(cfg.out_dir)):  # which compares with ckpt.pt
+        raise SystemExit(
+            f"{ppo[0]} is of PPO on {cfg.out_dir}/ckpt.pt, which has to stay as it is; to go on with that, "
+            f"add --ppo; to train, --init_from={cfg.out_dir}/ckpt.pt --out_dir=ANOTHER"
+        )
     return cfg, model, path, checkpoint
 
 
@@ -1017,7 +1025,7 @@ class Pretraining:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.loss_sum, self.loss_count = map(float, checkpoint["train_loss"])
             self.skipped = checkpoint.get("skipped", 0)
-            self.evaluated = True
+            self.evaluated = checkpoint.get("evaluated", True)
             # a run that was killed between two files of its last save must end with both
             self.behind = os.path.basename(path) == "ckpt.pt"
             self.saved = self.iter_num
@@ -1037,6 +1045,7 @@ class Pretraining:
             "scaler": self.scaler.state_dict(),
             "train_loss": (self.loss_sum, self.loss_count),
             "skipped": self.skipped,
+            "evaluated": self.evaluated,
             "launch": launch(),
         }
         moments = self.optimizer.state_dict()
@@ -1217,7 +1226,7 @@ def rescued(run, save: Callable[[], None]) -> Iterator[None]:
         saved = f"saved up to {run.saved}" if run.saved > 0 else "nothing was saved"
         raise SystemExit(
             f"cannot report on the run any more ({e.strerror or e}); stopped after iteration {run.iter_num}, "
-            f"{saved}; repair that, then go on with --init_from=resume"
+            f"{saved}; repair that, then give the same command with --init_from=resume"
         ) from None
 
 
@@ -1234,9 +1243,9 @@ def say_stopped(iter_num: int, runtime: Runtime) -> None:
     print(f"stopped after iteration {iter_num}, saved; to go on: {again}", file=sys.stderr)
 
 
-def check_lengths(ppo: PPOConfig, args: ModelArgs) -> None:
-    """SystemExit for a prompt or a target that the context has no room for."""
-    longest = min(args.max_seq_len, 1 + ppo.max_gen_len)
+def check_lengths(ppo: PPOConfig, args: ModelArgs, prompt: int) -> None:
+    """SystemExit for a prompt or a target that the context has no room for; prompt: tokens of the longest."""
+    longest = min(args.max_seq_len, prompt + ppo.max_gen_len)
     if wants_length(ppo.reward) and ppo.target_len > longest:
         limit = (
             f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
@@ -1245,7 +1254,7 @@ def check_lengths(ppo: PPOConfig, args: ModelArgs) -> None:
             f"no story can come to --target_len={ppo.target_len} within {limit}; choose a lower target, "
             f"like --target_len={max(longest // 2, 1)}"
         )
-    if ppo.start_len >= args.max_seq_len:
+    if not ppo.prompts and ppo.start_len >= args.max_seq_len:
         raise SystemExit(
             f"--start_len={ppo.start_len} leaves no room in the context of {args.max_seq_len} tokens; choose "
             f"a lower one, like --start_len={max(args.max_seq_len // 4, 1)}"
@@ -1261,6 +1270,7 @@ def configure_ppo(
     if given.get("init_from") not in ("resume", "auto"):
         raise SystemExit(f"--ppo fine-tunes {path}; add --init_from=resume")
     states = ppo_states(out_dir)
+    ppo_given = {k: v for k, v in ppo_given.items() if (k, v) != ("ppo_iters", 0)}  # which is the default
     try:
         check_early(given)
         if not states:  # of which the rest would come
@@ -1285,7 +1295,7 @@ def configure_ppo(
                 k: v for k, v in checkpoint.get("config", {}).items() if k in ("vocab_source", "data_dir")
             }
             saved = PPO_DEFAULTS | saved
-            if "max_iters" not in given and not ppo_given.get("ppo_iters"):
+            if "max_iters" not in given and "ppo_iters" not in ppo_given:
                 ppo_given = ppo_given | {"ppo_iters": PPO_ITERS}
         if "max_iters" in given:
             saved.pop("ppo_iters", None)
@@ -1304,7 +1314,9 @@ def configure_ppo(
             f"--fsdp does not split --critic={ppo.critic}; take --critic=reference or --advantage=rloo "
             "--group_size=4"
         )
-    check_lengths(ppo, args)
+    check_machine(cfg)
+    if not ppo.prompts:  # else when they are there
+        check_lengths(ppo, args, ppo.start_len)
     return cfg, ppo, checkpoint, state_path, state
 
 
@@ -1330,6 +1342,7 @@ def prompts_for(cfg: TrainConfig, ppo: PPOConfig, args: ModelArgs, checkpoint: d
             f"--prompts={ppo.prompts}: a prompt of {longest} tokens leaves no room in a context of "
             f"{args.max_seq_len}; shorten it"
         )
+    check_lengths(ppo, args, longest)
     train = [p for i, p in enumerate(ids) if i % 10 or len(ids) < 10]  # every tenth is held out
     held_out = (ids[::10] if len(ids) >= 10 else ids)[:count]
 

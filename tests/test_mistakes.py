@@ -318,7 +318,8 @@ TABLE = [
     Mistake("resume of a .bin", RESUME, "last.pt is no checkpoint", "python export.py ckpt.pt --checkpoint=",
             "model.bin as last.pt"),
 
-    Mistake("resume of what PPO started from", RESUME, "out/ppo_ckpt.pt is of PPO on out/ckpt.pt",
+    Mistake("resume of what PPO started from", f"{RESUME} --max_iters=1000",
+            "out/ppo_ckpt.pt is of PPO on out/ckpt.pt",
             "--ppo; to train, --init_from=out/ckpt.pt --out_dir=", "a text as ppo_ckpt.pt"),
     Mistake("two runs at once", RESUME, "out is in use by process", "choose another --out_dir",
             "a run at work", process=True),
@@ -332,7 +333,7 @@ TABLE = [
             "run: python train.py --out_dir=new"),
     Mistake("a target beyond the context", f"{PPO} --target_len=500", "no story can come to --target_len=500",
             r"like --target_len=\d+"),
-    Mistake("a target beyond the response", f"{PPO} --target_len=50 --max_gen_len=20",
+    Mistake("a target beyond the response", f"{PPO} --target_len=60 --max_gen_len=20",
             "within --max_gen_len=20", r"like --target_len=\d+"),
     Mistake("prompts as long as the context", f"{PPO} --start_len=64", "--start_len=64 leaves no room",
             r"like --start_len=\d+"),
@@ -659,7 +660,7 @@ def test_help(script, capsys, monkeypatch):
 def test_report_without_matplotlib(world, tmp_path, monkeypatch):
     import ppo
 
-    (tmp_path / "metrics.jsonl").write_text('{"iter": 1, "ppo/kl": 0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"iter": 1, "ppo/kl": 0, "ppo/episodes": 8}\n')
     monkeypatch.setattr(ppo, "newest_state", lambda paths, lazily: (paths[0], {"evaluation": {"before": 1}}))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="run: pip install matplotlib"):

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import errno
 import itertools
 import json
 import math
@@ -686,6 +687,7 @@ def test_the_best_is_found_at_one_beta():
     ):
         run.beta = beta
         assert run.is_best(reward, kl) == best
+        run.best = (reward, kl) if best else run.best
 
 
 def test_adaptive_beta_moves_both_ways():
@@ -1835,7 +1837,7 @@ def test_two_ranks_equal_one(tune, tmp_path, base, flags, torchrun):
         ([*FLAGS, "--exact_end", "--reward=keyword", "--keywords=dog"], "keyword does not"),
         (["--ppo=False", "--clip=0.1"], "--clip is for PPO; add --ppo"),
         ([*FLAGS, "--target_len=100", "--max_gen_len=300"], "the context of 64"),
-        ([*FLAGS, "--target_len=32"], "--max_gen_len=30"),
+        ([*FLAGS, "--target_len=63"], "--max_gen_len=30"),
         ([*FLAGS, "--start_len=64"], "--start_len=64"),
         ([*FLAGS, "--dim=64"], "--dim=64 contradicts"),
         ([*FLAGS, "--max_seq_len=128"], "--max_seq_len=128 contradicts"),
@@ -1889,6 +1891,49 @@ def test_a_foreign_model_with_another_tokenizer_is_warned_of(of_its_own, tune, b
     torch.save(checkpoint, tmp_path / "out" / "ckpt.pt")
     warned = "worse than chance" in tune("out", "--ppo_iters=1")
     assert warned is not of_its_own
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_an_evaluation_that_cannot_be_logged_is_made_again(evaluation, tune, tmp_path, monkeypatch):
+    """Else its J would count as the best, without files of it."""
+    flags, log = ["--ppo_iters=4", "--eval_interval=2"], train.Metrics.log
+
+    def full(self, iter_num, values):
+        if "ppo/eval/J" in values and iter_num == PRETRAINED + 2 * evaluation:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        log(self, iter_num, values)
+
+    monkeypatch.setattr(train.Metrics, "log", full)
+    with pytest.raises(SystemExit, match=f"No space left.*saved up to {PRETRAINED + 2 * evaluation}"):
+        tune("cut", *flags)
+    monkeypatch.setattr(train.Metrics, "log", log)
+    tune("cut", *flags)
+    tune("whole", *flags)
+    for name in ("ppo_best.pt", "ppo_model.bin"):
+        cut, whole = (read_any(str(tmp_path / run / name))["model"] for run in ("cut", "whole"))
+        assert same(dict(cut), dict(whole)), name
+    cut, whole = state(tmp_path / "cut"), state(tmp_path / "whole")
+    assert all(same(cut[key], whole[key]) for key in ("model", "critic", "best", "evaluated", "episodes"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_finished_pretraining_may_be_asked_for_again(tune, base, tmp_path):
+    """As make demo does when called again: there is nothing to do, and PPO's reference stays as it is."""
+    tune("out", "--ppo_iters=1")
+    out = tune("out", all_flags=["--init_from=auto", f"--max_iters={PRETRAINED}", "--device=cpu"])
+    assert f"at iteration {PRETRAINED} already" in out
+    for name in ("ckpt.pt", "last.pt", "model.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    tune("out", "--ppo_iters=2")
+    assert state(tmp_path / "out")["iter_num"] == PRETRAINED + 2
+
+
+def test_a_cap_beyond_the_context_is_the_context(tune, tmp_path):
+    tune("out", "--ppo_iters=1", "--max_gen_len=1000000000")
+    tune("same", "--ppo_iters=1", "--max_gen_len=64")
+    assert same(state(tmp_path / "out"), state(tmp_path / "same"))
+    out = tune("out", all_flags=["--ppo", "--init_from=resume", "--ppo_iters=0", "--device=cpu"])
+    assert "already" in out  # 0 is the default: what the run had
 
 
 def test_shards_without_bos_are_refused(tune, data_dir, tmp_path):
@@ -1947,7 +1992,8 @@ def sources(data_dir, checkpoint, **flags):
     cfg = TrainConfig(data_dir=data_dir, vocab_source="custom", eval_iters=2, batch_size=40, seed=3)
     args = ModelArgs(**checkpoint["model_args"])
     tokenizer = Tokenizer(f"{data_dir}/tok{VOCAB}.model")
-    return *train.prompts_for(cfg, PPOConfig(**flags), args, checkpoint, tokenizer), tokenizer
+    ppo_cfg = PPOConfig(**{"target_len": 20} | flags)
+    return *train.prompts_for(cfg, ppo_cfg, args, checkpoint, tokenizer), tokenizer
 
 
 def test_prompts_are_the_beginnings_of_stories(data_dir, base):

@@ -804,7 +804,7 @@ def test_a_file_cut_short_while_it_is_read(builds, large_model, tokenizer):
 
 
 def test_a_pipe_is_told_as_it_goes_on(builds, large_model, tokenizer):
-    command = [str(a) for a in (builds.fast, large_model, "-z", tokenizer, "-j", 1, "-n", 0, "--draft", 0)]
+    command = [str(a) for a in (builds.fast, large_model, "-z", tokenizer, "-t", 0, "-n", 0, "--draft", 0)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENV) as process:
         assert 0 < len(os.read(process.stdout.fileno(), 1 << 16)) < 4096  # of a buffer that is full
         process.kill()

@@ -88,7 +88,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         data, start, name = s.data, 0, self.headers.get("Range", "")
-        if name and s.ranges and self.headers.get("If-Range") == s.etag:
+        if name and s.ranges and (s.careless or self.headers.get("If-Range") == s.etag):
             start = int(name.removeprefix("bytes=").removesuffix("-"))
         if fault == "wrong range":
             start -= 1
@@ -119,6 +119,7 @@ def server(monkeypatch):
     monkeypatch.setattr(ts, "TIMEOUT", (5, 1.5))
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     s.data, s.faults, s.requests, s.ranges, s.etag, s.release = DATA, [], [], True, '"v1"', threading.Event()
+    s.careless = False  # about If-Range
     s.url = f"http://127.0.0.1:{s.server_port}/x.bin"
     thread = threading.Thread(target=s.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -161,6 +162,47 @@ def test_fetch_never_joins_two_versions(server, tmp_path, monkeypatch):
     refuses("cannot download", ts.fetch, server.url, str(tmp_path / "f"))
     server.data, server.etag = DATA[::-1], '"v2"'
     fetched(server, tmp_path / "f")
+
+
+def test_fetch_of_a_server_that_ignores_if_range(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ts, "TRIES", 1)
+    server.faults = ["cut"]
+    refuses("cannot download", ts.fetch, server.url, str(tmp_path / "f"))
+    server.data, server.etag, server.careless = DATA[::-1], '"v2"', True
+    monkeypatch.setattr(ts, "TRIES", 2)
+    fetched(server, tmp_path / "f")
+
+
+def test_what_cannot_be_imported_does_not_stay(server, tmp_path):
+    """A captive portal's page, or a compressed body: the next try asks again."""
+    args = ["download", "--small", f"--url={server.url}", f"--tokenizer_url={server.url}"]
+    args += [f"--data_dir={tmp_path}"]
+    for data, message in ((b"<html>Please log in.</html>", "gave is no text of stories"),
+                          (gzip.compress(b"one<|endoftext|>two" * 99), "convert it first: gzip -dc ")):
+        server.data = data
+        refuses(message, ts.main, args)
+        assert not (tmp_path / "TinyStories-valid.txt").exists()
+    server.data = b"one<|endoftext|>two"
+    refuses("wrong content", ts.main, args)  # of the tokenizer: the stories are there
+    assert len(ts.shard_files(str(tmp_path))) == 2
+    server.data = b"three<|endoftext|>four<|endoftext|>five"  # another version, which --force wants
+    refuses("wrong content", ts.main, [*args, "--force"])
+    assert len(ts.shard_files(str(tmp_path))) == 3
+
+
+def test_parts_are_not_put_together_under_a_reader(tok):
+    """pretokenize, say, reads the stories that --force would replace."""
+    args = ["synth", "--num_stories=40", "--num_shards=4", "--force", "--shard=1/1", f"--data_dir={tok}"]
+    before = ts.shard_files(tok), [Path(path).read_bytes() for path in ts.shard_files(tok)]
+    with held(tok, "", "stories"):
+        refuses("is in use by", ts.main, args)
+        assert (ts.shard_files(tok), [Path(path).read_bytes() for path in ts.shard_files(tok)]) == before
+    ts.main(args)
+    assert len(ts.shard_files(tok)) == 4
+
+
+def test_commands_in_messages_can_be_pasted():
+    assert ts.command("synth", "my data") == "python tinystories.py synth --data_dir='my data'"
 
 
 def test_fetch_starts_over_for_another_url_or_note(server, tmp_path, monkeypatch):
@@ -934,7 +976,7 @@ def test_two_at_once(tok, tmp_path):
         for name in names:
             ts.main([*stages[name], f"--data_dir={tok}"])
 
-    with held(tok, "stories") as pid:  # import, say
+    with held(tok, "stories synth") as pid:  # import, say
         who = f"process {pid} on "
         refused(*stages)
     with held(tok, "tok350", "stories") as pid:  # pretokenize or train_vocab of this vocabulary
@@ -950,7 +992,7 @@ def test_two_at_once(tok, tmp_path):
         part("pretokenize", "1/2", tok, "--vocab_size=350")
         part("pretokenize", "2/2", tok, "--vocab_size=350")
         refuses("is in use", part, "pretokenize", "1/3", tok, "--vocab_size=350")
-    with held(tok, "stories-1-of-3", "stories") as pid:  # a part of synth
+    with held(tok, "stories-1-of-3", "synth") as pid:  # a part of synth
         refused("synth", "import")
         who = f"process {pid} on "
         refused("part")

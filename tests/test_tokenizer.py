@@ -175,3 +175,12 @@ def test_full_disk_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space") as e, tk.atomic_write(str(tmp_path / "f")) as f:
         f.write(b"x" * 100)
     assert e.value.filename == str(tmp_path / "f")
+
+
+def test_an_old_encoding_of_stdout_is_no_error(monkeypatch):
+    """As on Windows, where output goes to a file: what the encoding lacks becomes a question mark."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    tk.CommandLine(prog="x").parse_args([])
+    print("caf\xe9 \u2192 \ufffd", flush=True)
+    assert out.buffer.getvalue() == b"caf\xe9 ? ?" + os.linesep.encode()

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, needs_cuda, same, shared_data
 
+import tinystories
 import train
 from export import read_bin
 from model import load_checkpoint, model_from_checkpoint
@@ -700,6 +701,66 @@ def test_a_log_on_a_full_disk_costs_no_step(fit, tmp_path, monkeypatch):
     fit("out", *flags, "--init_from=resume")
     fit("whole", *flags)
     assert same(state(tmp_path / "out"), state(tmp_path / "whole"))
+
+
+def test_an_evaluation_that_cannot_be_told_is_made_again(fit, tmp_path, monkeypatch):
+    """And with it what it writes: the best weights, model.bin."""
+    flags, show = ["--eval_interval=3", "--max_iters=6"], train.show
+
+    def closed(line, file=None):
+        if line.startswith("step 6:"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        show(line, file)
+
+    monkeypatch.setattr(train, "show", closed)
+    with pytest.raises(SystemExit, match="Input/output error.*saved up to 6"):
+        fit("out", *flags)
+    monkeypatch.undo()
+    fit("out", *flags, "--init_from=resume")
+    fit("whole", *flags)
+    assert same(state(tmp_path / "out"), state(tmp_path / "whole"))
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+    assert (tmp_path / "out" / "model.bin").read_bytes() == (tmp_path / "whole" / "model.bin").read_bytes()
+
+
+def test_a_disk_that_fails_under_the_data_costs_no_step(fit, tmp_path, monkeypatch):
+    read, calls = tinystories.TokenShard.read, []
+
+    class Failing:
+        def seek(self, at):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def close(self):
+            pass
+
+    def fail_once(self, start, count):
+        calls.append(0)
+        if len(calls) == 60:
+            monkeypatch.setattr(self, "_file", Failing())
+        return read(self, start, count)
+
+    monkeypatch.setattr(tinystories.TokenShard, "read", fail_once)
+    flags = ["--eval_interval=1000", "--max_iters=12"]
+    with pytest.raises(SystemExit, match="cannot read .*Input/output error"):
+        fit("out", *flags)
+    monkeypatch.undo()
+    assert 0 < state(tmp_path / "out")["iter_num"] < 12
+    fit("out", *flags, "--init_from=resume")
+    fit("whole", *flags)
+    assert same(state(tmp_path / "out"), state(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("setting, message", [
+    ({"dtype": "float16"}, "needs a CUDA device; try --dtype=float32"),
+    ({"wandb_log": True}, "pip install wandb, or give --wandb_log=False"),
+])
+def test_settings_of_another_machine_are_one_line(setting, message, fit, tmp_path):
+    fit("out", "--max_iters=2")
+    path = tmp_path / "out" / "last.pt"
+    checkpoint = load_checkpoint(path)
+    torch.save(checkpoint | {"config": checkpoint["config"] | setting}, path)
+    with pytest.raises(SystemExit, match=message):
+        fit("out", "--max_iters=4", "--init_from=resume", *(["--device=cpu"] if "dtype" in setting else []))
 
 
 def test_a_closed_pipe_costs_no_step(tmp_path, data_dir):
