@@ -1223,7 +1223,10 @@ class PPO:
             ) from None
         self.iter_num, self.first = state["iter_num"], state["first_iter"]
         self.saved = self.iter_num
-        self.best = state.get("best", self.best)  # older states told its J alone
+        if "best" in state:
+            self.best = state["best"]
+        elif state["config"]["init_kl_coef"] == self.ppo.init_kl_coef:
+            self.best = state["best_J"], 0.0  # as older states told it
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
         self.moments = RunningMoments(**state["moments"])
@@ -1354,8 +1357,8 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
             break
         values = run.iteration()
         if metrics:
-            print(progress(run, values), flush=True)
             metrics.log(run.iter_num, values)
+            print(progress(run, values), flush=True)
         if run.in_a_row >= cfg.max_skipped:
             raise SystemExit(
                 f"{run.in_a_row} steps in a row had a gradient that is not finite: training has diverged. "

@@ -1713,10 +1713,16 @@ static double memory_limit(void) {
     return bytes;
 }
 
+// Bytes that a story of so many positions takes
+static double memory_of_story(const Model *m, int positions) {
+    const Config *c = &m->config;
+    return 2.0 * c->n_layers * c->kv_dim * (double)c->kv_bytes * (positions + LANES);
+}
+
 // Whether a copy of these weights may save time: of fp32 ones that are too large for a cache, where there is memory
-static bool drafts_pay(const Model *m) {
+static bool drafts_pay(const Model *m, int positions) {
     if (m->config.bits != 32 || m->file.size <= SMALL_MODEL || (double)m->file.size > memory_limit() / 2) return false;
-    void *room = malloc(m->file.size / 3);
+    void *room = malloc(m->file.size / 3 + (size_t)(2 * memory_of_story(m, positions)));  // twice while it grows
     free(room);
     return room != NULL;
 }
@@ -2365,7 +2371,7 @@ static bool take_token(Session *s, Story *story) {
 
 // Makes the draft of a story that goes on from position pos, if one is wanted.
 static void prepare_draft(Session *s, int pos) {
-    const bool pays = s->limit - pos > SHORT_STORY && drafts_pay(&s->model);
+    const bool pays = s->limit - pos > SHORT_STORY && drafts_pay(&s->model, s->limit);
     const int most = s->draft_size >= 0 ? s->draft_size : pays ? MAX_DRAFT : 0;
     if (most > 0 && s->model.config.bits == 32 && s->draft.most == 0) make_draft(&s->draft, &s->model, most);
 }
@@ -2411,12 +2417,6 @@ static void tell_on(Session *s, Story *story) {
     }
     d->guesses += guesses;
     d->right += right;
-}
-
-// Bytes that a story of so many positions takes
-static double memory_of_story(const Model *m, int positions) {
-    const Config *c = &m->config;
-    return 2.0 * c->n_layers * c->kv_dim * (double)c->kv_bytes * (positions + LANES);
 }
 
 // Tells `count` stories that begin with the prompt, as many at once as there is room for, with the seeds seed,

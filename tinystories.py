@@ -328,16 +328,23 @@ def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, fo
         if os.path.isdir(folder) and not force:
             print(f"{folder} is already there: {len(os.listdir(folder))} files; --force replaces it")
         else:
-            if force:
-                forget(file)  # of an earlier download, perhaps from another address
-            fetch(url or (SMALL_URL if small else STORIES_URL), file)
+            there = os.path.exists(file)
+            if there and force and url:  # what is there may be from elsewhere
+                fetch(url, file + ".new")
+                os.replace(file + ".new", file)
+                there = False
+            else:
+                fetch(url or (SMALL_URL if small else STORIES_URL), file)
             if small:
                 try:
                     import_into([file], data_dir, force=force)
                 except SystemExit as e:
+                    if there:
+                        raise
                     forget(file)  # else it would be "already there"
+                    why = str(e).partition(";")[0]
                     raise SystemExit(f"what {url or SMALL_URL} gave is no text of stories and was dropped "
-                                     f"({e}); run the same again, or check --url=URL") from None
+                                     f"({why}); run the same again, or check --url=URL") from None
             else:
                 extract(file, folder)
                 print(f"{folder}: {len(shard_files(data_dir))} shards; {file} is no longer needed")
@@ -1604,7 +1611,7 @@ def make_cli() -> CommandLine:
     share(p)
 
     p = stage("train_vocab", train_vocab, "Train a vocabulary on the training shards")
-    p.add_argument("--vocab_size", type=int, required=True, help=f"pieces, at most {MAX_VOCAB}")
+    p.add_argument("--vocab_size", type=int, required=True, help=f"pieces, {MIN_VOCAB} to {MAX_VOCAB}")
     p.add_argument("--num_shards", type=positive, default=10, help="how many training shards to read")
 
     p = stage("pretokenize", pretokenize, "Turn the stories into tokens", "also those up to date")

@@ -131,9 +131,8 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, argv: list[str] | None = None, namespace=None) -> argparse.Namespace:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a story may have what an old encoding has not
-                stream.reconfigure(errors="replace")
+        if hasattr(sys.stdout, "reconfigure"):  # a story may have what an old encoding has not
+            sys.stdout.reconfigure(errors="replace")
         argv = list(sys.argv[1:] if argv is None else argv)
         for i, arg in enumerate(argv):
             if arg == "--":

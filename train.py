@@ -69,7 +69,7 @@ from model import (
     shards,
 )
 from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, train_ppo, wants_length
-from tinystories import StoryStarts, TokenBatches, command, read_meta, token_dir
+from tinystories import StoryStarts, TokenBatches, command, pretokenize_again, read_meta, token_dir
 from tokenizer import CommandLine, atomic_write, did_you_mean, lock
 
 # Above so many parameters the gradients of several parts at once would take too much memory
@@ -930,7 +930,9 @@ class Interrupt:
 
     def ask(self, number: int, frame) -> None:
         self.asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        # the second one ends the run at once; but a closing terminal sends SIGHUP twice
+        again = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        signal.signal(number, again.get(number, signal.SIG_IGN))
 
 
 def find_tokens(cfg: TrainConfig, args: ModelArgs, checkpoint: dict) -> tuple[str, dict]:
@@ -966,7 +968,7 @@ def warn_of_noise(loss: float, vocab_size: int, path: str, folder: str) -> None:
         show(
             f"warning: {path} foresees {folder} worse than chance ({loss:.1f} nats per token, chance "
             f"{chance:.1f}): was it trained with another tokenizer than {folder}.model? Put that one there, "
-            "and run: python tinystories.py pretokenize --force",
+            f"and {pretokenize_again(folder, '--force')}",
             sys.stderr,
         )
 
@@ -1187,17 +1189,17 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             since, since_iter = now, run.iter_num
             lr = get_lr(cfg, run.iter_num - 1)
             values = {"loss/train": loss, "lr": lr, "grad_norm": norm, "tok/s": speed}
-            if bar.disable and metrics and now - shown > 10:  # not on a terminal: a line now and then
-                shown, left = now, (cfg.max_iters - run.iter_num) * tokens_per_iter / speed
-                print(
-                    f"iteration {run.iter_num}/{cfg.max_iters}: loss {loss:.4f}, {speed:,.0f} tok/s, "
-                    f"{left / 60:.0f} min left",
-                    flush=True,
-                )
             if peak:
                 values["mfu"] = speed * run.raw_model.flops_per_token() / peak
             if metrics:
                 metrics.log(run.iter_num, values)
+                if bar.disable and now - shown > 10:  # not on a terminal: a line now and then
+                    shown, left = now, (cfg.max_iters - run.iter_num) * tokens_per_iter / speed
+                    print(
+                        f"iteration {run.iter_num}/{cfg.max_iters}: loss {loss:.4f}, {speed:,.0f} tok/s, "
+                        f"{left / 60:.0f} min left",
+                        flush=True,
+                    )
                 mfu = {"MFU": f"{100 * values['mfu']:.1f}%"} if peak else {}
                 bar.set_postfix({"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"} | mfu)
     bar.close()
@@ -1219,7 +1221,9 @@ def rescued(run, save: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if isinstance(e, BrokenPipeError):  # what waits to be printed would only fail again
+        try:
+            sys.stdout.flush()
+        except OSError:  # what waits to be printed would only fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if run.runtime.alone and not run.cfg.eval_only and run.iter_num > max(run.saved, 0):
             save()
@@ -1374,20 +1378,21 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
     metrics = None
     if runtime.rank == 0:
         metrics = open_metrics(cfg, run.iter_num, ppo=True, fresh=state is None)
-        path = os.path.join(cfg.out_dir, "ckpt.pt")
-        print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
-        print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
-        trained = sum(p.numel() for p in run.trained)
-        print(
-            f"{run.policy.num_parameters():,} parameters, {trained:,} trained, on {runtime.world_size} x "
-            f"{runtime.device}; {run.size} episodes per iteration, to iteration {run.last - 1}"
-        )
-        if run.iter_num >= run.last and not cfg.eval_only:
-            print(
-                f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --ppo_iters",
-                file=sys.stderr,
-            )
     with rescued(run, lambda: run.save(write_model, best=False)):
+        if metrics:
+            path = os.path.join(cfg.out_dir, "ckpt.pt")
+            print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
+            print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
+            trained = sum(p.numel() for p in run.trained)
+            print(
+                f"{run.policy.num_parameters():,} parameters, {trained:,} trained, on {runtime.world_size} x "
+                f"{runtime.device}; {run.size} episodes per iteration, to iteration {run.last - 1}"
+            )
+            if run.iter_num >= run.last and not cfg.eval_only:
+                print(
+                    f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --ppo_iters",
+                    file=sys.stderr,
+                )
         train_ppo(run, metrics, Interrupt(), write_model)
     leave_together(runtime)
 
@@ -1465,13 +1470,14 @@ def main(argv: list[str] | None = None) -> None:
                 tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"))
         except SystemExit as e:
             print(f"no sample stories: {e}", file=sys.stderr)
-        tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len
-        compiled = ", compiled" * runtime.compile
-        print(
-            f"{model.num_parameters():,} parameters on {runtime.world_size} x {runtime.device}, "
-            f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration"
-        )
     with rescued(run, lambda: run.save(best=False)):
+        if metrics:
+            tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len
+            compiled = ", compiled" * runtime.compile
+            print(
+                f"{model.num_parameters():,} parameters on {runtime.world_size} x {runtime.device}, "
+                f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration"
+            )
         pretrain(run, metrics, tokenizer)
     run.train_model = None  # nothing of DDP may be left either
     leave_together(runtime)

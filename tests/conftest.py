@@ -5,6 +5,7 @@ import multiprocessing.connection
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -66,6 +67,9 @@ def run_program(tmp_path_factory) -> Path:
 @pytest.fixture
 def rng() -> random.Random:
     return random.Random(0)
+
+
+HANDLED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # what a run takes over
 
 
 def same(a, b) -> bool:

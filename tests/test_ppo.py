@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, needs_cuda, ranks, same
+from conftest import HANDLED, ROOT, VOCAB, needs_cuda, ranks, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ END = 1  # the end token is BOS, as in llama2.c's story format
 @pytest.fixture(autouse=True)
 def leave_as_it_was():
     """Runs take over Ctrl-C; and cores that share operations as small as these mostly wait for each other."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -1487,7 +1487,7 @@ PRETRAINED = 12  # iterations
 def base(data_dir, tmp_path_factory) -> Path:
     """The folder of a small pretrained model, not to be changed."""
     folder = tmp_path_factory.mktemp("base") / "out"
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     how = ["--batch_size=16", "--gradient_accumulation_steps=1", "--learning_rate=1e-2", "--warmup_iters=3"]
     how += [f"--max_iters={PRETRAINED}", f"--eval_interval={PRETRAINED}", "--eval_iters=2", "--device=cpu"]
     train.main([*SHAPE, *how, f"--data_dir={data_dir}", f"--out_dir={folder}"])

@@ -763,7 +763,7 @@ def limited(size, *args, **how):
 
 def test_memory_for_a_story_is_memory_enough(builds, large_model, tokenizer):
     """Where there is none for a draft too, none is made. Both want the same for anything else."""
-    args = builds.fast, large_model, "-z", tokenizer, "-j", 1, "-s", 1, "-n", 60
+    args = builds.fast, large_model, "-z", tokenizer, "-j", 1, "-t", 0, "-n", 600
     size, ends = large_model.stat().st_size, set()
     for room in range(4, 80, 6):
         r, plain = (limited(size + room * 1000000, *args, *more) for more in ([], ["--draft", 0]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, VOCAB, ranks
+from conftest import HANDLED, ROOT, VOCAB, ranks
 
 import model
 import train
@@ -63,7 +63,7 @@ PPO = [
 @pytest.fixture(autouse=True)
 def signals():
     """train.main takes over Ctrl-C."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

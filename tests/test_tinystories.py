@@ -177,8 +177,8 @@ def test_what_cannot_be_imported_does_not_stay(server, tmp_path):
     """A captive portal's page, or a compressed body: the next try asks again."""
     args = ["download", "--small", f"--url={server.url}", f"--tokenizer_url={server.url}"]
     args += [f"--data_dir={tmp_path}"]
-    for data, message in ((b"<html>Please log in.</html>", "gave is no text of stories"),
-                          (gzip.compress(b"one<|endoftext|>two" * 99), "convert it first: gzip -dc ")):
+    for data, message in ((b"<html>Please log in.</html>", "was dropped (found 1 of the 2"),
+                          (gzip.compress(b"one<|endoftext|>two" * 99), "was dropped (")):
         server.data = data
         refuses(message, ts.main, args)
         assert not (tmp_path / "TinyStories-valid.txt").exists()
@@ -186,8 +186,15 @@ def test_what_cannot_be_imported_does_not_stay(server, tmp_path):
     refuses("wrong content", ts.main, args)  # of the tokenizer: the stories are there
     assert len(ts.shard_files(str(tmp_path))) == 2
     server.data = b"three<|endoftext|>four<|endoftext|>five"  # another version, which --force wants
+    server.faults = [404]
+    refuses("404", ts.main, [*args, "--force"])
+    assert (tmp_path / "TinyStories-valid.txt").read_bytes() == b"one<|endoftext|>two"
     refuses("wrong content", ts.main, [*args, "--force"])
     assert len(ts.shard_files(str(tmp_path))) == 3
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "TinyStories-valid.txt").write_bytes(gzip.compress(b"one<|endoftext|>two" * 99))
+    refuses("convert it first: gzip -dc ", ts.main, [*args, f"--data_dir={tmp_path / 'own'}"])
+    assert (tmp_path / "own" / "TinyStories-valid.txt").exists()
 
 
 def test_parts_are_not_put_together_under_a_reader(tok):

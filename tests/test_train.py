@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, needs_cuda, same, shared_data
+from conftest import HANDLED, ROOT, VOCAB, needs_cuda, same, shared_data
 
 import tinystories
 import train
@@ -47,7 +47,7 @@ TINY = [
 @pytest.fixture
 def fit(data_dir, tmp_path, capsys):
     """Runs train.py in this process, in out_dir tmp_path/name; returns what it printed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
 
     def run(name: str, *flags: str) -> str:
         train.main([*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}", *flags])
@@ -703,6 +703,14 @@ def test_a_log_on_a_full_disk_costs_no_step(fit, tmp_path, monkeypatch):
     assert same(state(tmp_path / "out"), state(tmp_path / "whole"))
 
 
+def test_the_advice_for_another_tokenizer_can_be_followed(capsys):
+    train.warn_of_noise(9.0, 384, "out/ckpt.pt", "my data/tok384")
+    advice = "run: python tinystories.py pretokenize --vocab_size=384 --data_dir='my data' --force"
+    assert advice in capsys.readouterr().err
+    train.warn_of_noise(6.9, 384, "out/ckpt.pt", "data/tok384")
+    assert capsys.readouterr().err == ""
+
+
 def test_an_evaluation_that_cannot_be_told_is_made_again(fit, tmp_path, monkeypatch):
     """And with it what it writes: the best weights, model.bin."""
     flags, show = ["--eval_interval=3", "--max_iters=6"], train.show
@@ -785,7 +793,8 @@ def test_a_terminal_that_closes_is_a_wish_to_stop(before, stops):
     try:
         signal.signal(signal.SIGHUP, before)
         interrupt = train.Interrupt()
-        os.kill(os.getpid(), signal.SIGHUP)
+        for _ in range(2):  # from the shell, and from the terminal
+            os.kill(os.getpid(), signal.SIGHUP)
         assert interrupt.asked == stops
     finally:
         for number, handler in handlers.items():
