@@ -396,6 +396,7 @@ typedef struct {             // whether all threads or one decode a model's toke
     double usual, tried;     // seconds that a token takes this way, and took the other way in a trial
     long tokens, trial;      // decoded so far; when to try the other way
     int pause;               // tokens from one trial to the next
+    double hopeless;         // a trial ends when a token takes so many times as long
 } Pace;
 
 typedef struct {
@@ -506,7 +507,9 @@ static void stop_pool(Pool *p) {
     free(p->threads);
 }
 
-static Pace start_pace(bool alone) { return (Pace){.alone = alone, .trial = TRIAL, .pause = SHORTEST_PAUSE / 2}; }
+static Pace start_pace(bool alone) {
+    return (Pace){.alone = alone, .trial = TRIAL, .pause = SHORTEST_PAUSE / 2, .hopeless = 4};
+}
 
 // A token of a small model takes one thread less time than all, which have to meet; so does any model's where other
 // programs have the cores. Both ways are tried again and again, the slower one ever more seldom. The text does not
@@ -522,7 +525,7 @@ static void note_time(Pace *p, double seconds) {
         p->usual += (seconds - p->usual) / (p->usual > 0 ? 8 : 1);
         return;
     }
-    const bool hopeless = seconds > 4 * p->usual;
+    const bool hopeless = seconds > (into == 0 ? 4 : p->hopeless) * p->usual;
     if (into > 0) p->tried += seconds / (TRIAL - 1);  // the first token wakes the threads
     if (into + 1 < TRIAL && !hopeless) return;
     p->pause = 2 * p->pause > LONGEST_PAUSE ? LONGEST_PAUSE : 2 * p->pause;
@@ -1326,6 +1329,8 @@ static void load_model(Model *m, const char *path, const Kernels *kernels) {
     }
     m->pace = start_pace(m->file.size <= SMALL_MODEL);
     m->many_pace = start_pace(false);
+    m->many_pace.pause = 2 * SHORTEST_PAUSE;  // a trial costs more, but its times waver less
+    m->many_pace.hopeless = 1.2;
 }
 
 // Matrices are read by bands of LANES rows: vector after vector, each with 4 bytes of every row (a float, or 4
