@@ -40,7 +40,7 @@
 // ---------------------------------------------------------------------------------------------------------
 // The system, as run.c sees it
 
-enum { MAX_BLOCKS = 4096, MAX_BLOCK = 256 << 20, MAX_FILES = 8, MAX_THREADS = 2 };
+enum { MAX_BLOCKS = 4096, MAX_BLOCK = 256 << 20, MAX_FILES = 9, MAX_THREADS = 2 };
 
 typedef struct {
     const char *name;
@@ -259,7 +259,7 @@ static bool run_line(const char *line) {
 
 enum { WITH_BYTES, WITHOUT_BYTES, TIES, N_SHAPES };
 static struct { unsigned char data[8192]; size_t n; } tokenizers[N_SHAPES];
-static struct { unsigned char data[1 << 16]; size_t n; } small_model;
+static struct { unsigned char data[1 << 16]; size_t n; } small_model, int8_model;
 
 static void put(unsigned char *data, size_t *n, const void *bytes, size_t length) {
     memcpy(data + *n, bytes, length);
@@ -299,9 +299,30 @@ static int make_tokenizer(int shape) {
     return size;
 }
 
+enum { WIDTH = 8, HIDDEN = 8, HEADS = 2, KV_HEADS = 1, KV_WIDTH = 4, CONTEXT = 150 };
+
+// The same as v2
+static void make_int8_model(int vocab_size) {
+    const int32_t header[] = {MODEL_MAGIC, 2, WIDTH, HIDDEN, 1, HEADS, KV_HEADS, vocab_size, CONTEXT}, group = 8;
+    const int rows[] = {vocab_size, WIDTH, KV_WIDTH, KV_WIDTH, WIDTH, HIDDEN, HIDDEN, HIDDEN};
+    uint64_t random = 42;
+    size_t *n = &int8_model.n;
+    memcpy(int8_model.data, header, sizeof header);
+    int8_model.data[sizeof header] = 1;
+    memcpy(int8_model.data + sizeof header + 1, &group, sizeof group);
+    *n = V1_HEADER;
+    for (int i = 0; i < 3 * WIDTH; i++) put(int8_model.data, n, &(float){1}, 4);
+    for (size_t t = 0; t < sizeof rows / sizeof *rows; t++) {
+        for (int i = 0; i < rows[t] * WIDTH; i++) {
+            const bool end = t == 0 && i / WIDTH == EOS;
+            put(int8_model.data, n, &(int8_t){(int8_t)(end ? 108 : 250 * random_float(&random) - 125)}, 1);
+        }
+        for (int i = 0; i < rows[t]; i++) put(int8_model.data, n, &(float){1 / 64.0f}, 4);
+    }
+}
+
 // A v1 model of one layer with the weights of a small random generator
 static void make_model(int vocab_size) {
-    enum { WIDTH = 8, HIDDEN = 8, HEADS = 2, KV_HEADS = 1, KV_WIDTH = 4, CONTEXT = 150 };
     const int32_t header[] = {MODEL_MAGIC, 1, WIDTH, HIDDEN, 1, HEADS, KV_HEADS, vocab_size, CONTEXT, 1};
     const int rows = 3 + vocab_size + 2 * WIDTH + 2 * KV_WIDTH + 3 * HIDDEN;
     uint64_t random = 42;
@@ -318,7 +339,10 @@ static void make_files(void) {
     if (small_model.n) return;
     for (int shape = N_SHAPES - 1; shape >= 0; shape--) {
         const int size = make_tokenizer(shape);
-        if (shape == WITH_BYTES) make_model(size);
+        if (shape == WITH_BYTES) {
+            make_model(size);
+            make_int8_model(size);
+        }
     }
 }
 
@@ -590,6 +614,7 @@ static void fuzz_cli(const uint8_t *data, size_t n) {
     argv[argc] = NULL;
     memset(many, 'c', sizeof many);  // more tokens than the context holds
     add_file("m", small_model.data, small_model.n, S_IFREG);
+    add_file("q", int8_model.data, int8_model.n, S_IFREG);
     add_file("tokenizer.bin", tokenizers[WITH_BYTES].data, tokenizers[WITH_BYTES].n, S_IFREG);
     add_file("w", tokenizers[WITHOUT_BYTES].data, tokenizers[WITHOUT_BYTES].n, S_IFREG);
     add_file("f", story, sizeof story - 1, S_IFREG);
