@@ -484,11 +484,11 @@ static void start_pool(Pool *p, int n, bool fewer_will_do) {
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     pthread_mutex_lock(&p->mutex);
+    int error = 0;
     for (; p->size < n; p->size++) {
         Worker *w = allocate(1, 1, sizeof *w, "threads");
         *w = (Worker){p, p->size};
-        int error = pthread_create(&p->threads[p->size - 1], NULL, worker, w);
-        if (error && !fewer_will_do) die("-j", "cannot start thread %d: %s", p->size + 1, strerror(error));
+        error = pthread_create(&p->threads[p->size - 1], NULL, worker, w);
         if (error) {
             free(w);
             break;
@@ -496,6 +496,7 @@ static void start_pool(Pool *p, int n, bool fewer_will_do) {
     }
     p->n = p->size;
     pthread_mutex_unlock(&p->mutex);
+    if (p->size < n && !fewer_will_do) die("-j", "cannot start thread %d: %s", p->size + 1, strerror(error));
 }
 
 static void stop_pool(Pool *p) {
