@@ -17,6 +17,7 @@ import resource
 import shutil
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -741,6 +742,9 @@ def test_perplexity(builds, tmp_path, tokenizer):
     assert_error(run(*args, "--perplexity", file), file, "no text")
 
 
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and limits of memory")
+
+
 @pytest.fixture
 def large_model(tmp_path):
     """Beyond what a cache holds, so that it is read where it is mapped: of zeros, with all tokens alike."""
@@ -761,6 +765,7 @@ def limited(size, *args, **how):
                           preexec_fn=limit, **how)
 
 
+@needs_linux
 def test_memory_for_a_story_is_memory_enough(builds, large_model, tokenizer):
     """Where there is none for a draft too, none is made. Both want the same for anything else."""
     args = builds.fast, large_model, "-z", tokenizer, "-j", 1, "-t", 0, "-n", 600
@@ -772,6 +777,7 @@ def test_memory_for_a_story_is_memory_enough(builds, large_model, tokenizer):
     assert ends == {0, 1}
 
 
+@needs_linux
 def test_threads_that_cannot_start_are_done_without(builds, tmp_path, tokenizer):
     args = builds.fast, markov_model(tmp_path / "m.bin", chain([260, 261, EOS])), "-z", tokenizer, "-t", 0
     expected, codes = run_ok(*args), set()
@@ -782,6 +788,7 @@ def test_threads_that_cannot_start_are_done_without(builds, tmp_path, tokenizer)
     assert (1, True) in codes
 
 
+@needs_linux
 def test_many_stories_in_little_memory(builds, tmp_path, tokenizer):
     """As many at once as there is room for; and those that end at once leave nothing behind."""
     args = builds.fast, markov_model(tmp_path / "m.bin", chain([260, 260])), "-z", tokenizer, "-t", 0, "-j", 1
@@ -791,13 +798,14 @@ def test_many_stories_in_little_memory(builds, tmp_path, tokenizer):
     assert json.loads(many)["memory_bytes"] < json.loads(few)["memory_bytes"] + 4e6
 
 
+@needs_linux
 def test_a_file_cut_short_while_it_is_read(builds, large_model, tokenizer):
     command = [str(a) for a in (builds.fast, large_model, "-z", tokenizer, "-j", 1, "-i", "-")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=ENV) as process:
-        while str(large_model) not in Path(f"/proc/{process.pid}/maps").read_text():
-            time.sleep(0.01)
-        time.sleep(0.3)  # now it waits for its prompt
+        mapped, status = (Path(f"/proc/{process.pid}/{name}") for name in ("maps", "status"))
+        while str(large_model) not in mapped.read_text() or "(sleeping)" not in status.read_text():
+            time.sleep(0.01)  # until it waits for its prompt
         os.truncate(large_model, 8192)
         out, error = process.communicate(b"a", timeout=60)
     assert (process.returncode, out, error.count(b"\n")) == (1, b"", 1) and b"cut short" in error

@@ -762,8 +762,9 @@ def test_a_disk_that_fails_under_the_data_costs_no_step(fit, tmp_path, monkeypat
     ({"dtype": "float16"}, "needs a CUDA device; try --dtype=float32"),
     ({"wandb_log": True}, "pip install wandb, or give --wandb_log=False"),
 ])
-def test_settings_of_another_machine_are_one_line(setting, message, fit, tmp_path):
+def test_settings_of_another_machine_are_one_line(setting, message, fit, tmp_path, monkeypatch):
     fit("out", "--max_iters=2")
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)  # as where wandb is missing
     path = tmp_path / "out" / "last.pt"
     checkpoint = load_checkpoint(path)
     torch.save(checkpoint | {"config": checkpoint["config"] | setting}, path)
@@ -782,14 +783,13 @@ def test_a_closed_pipe_costs_no_step(tmp_path, data_dir):
         lines = re.split("[\r\n]", process.stderr.read())
     said = [line for line in lines if line.strip() and "it/s" not in line and "%|" not in line]
     assert process.returncode == 1 and len(said) == 1 and "Broken pipe" in said[0], lines
-    assert "saved up to 20" in said[0] and state(tmp_path)["iter_num"] == 20
+    assert f"saved up to {state(tmp_path)['iter_num']};" in said[0]  # 20, or a line 10 s after the last
 
 
 @pytest.mark.parametrize("before, stops", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
 def test_a_terminal_that_closes_is_a_wish_to_stop(before, stops):
     """But not to a run that nohup started."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     try:
         signal.signal(signal.SIGHUP, before)
         interrupt = train.Interrupt()
