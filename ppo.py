@@ -1394,7 +1394,7 @@ def read_metrics(path: str) -> tuple[list[dict], list[dict]]:
         for i, line in enumerate(f, start=1):
             try:
                 lines += [dict(json.loads(line))] if line.endswith("\n") else []
-                if lines and "ppo/kl" in lines[-1]:
+                if lines and "ppo/kl" in lines[-1]:  # without these it has no place in the curves
                     float(lines[-1]["iter"]), float(lines[-1]["ppo/episodes"])
             except (ValueError, TypeError, KeyError):
                 raise SystemExit(f"{path}, line {i} is damaged; delete it, then run the same again") from None

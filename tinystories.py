@@ -582,7 +582,8 @@ def open_many_files() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = MAX_SHARDS + 100 if hard == resource.RLIM_INFINITY else min(MAX_SHARDS + 100, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            with suppress(OSError, ValueError):  # of a system whose own limit is lower
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def shard_path(folder: str, i: int) -> str:
