@@ -1188,8 +1188,8 @@ class PPO:
             "config": asdict(self.cfg) | asdict(self.ppo) | {"tokenizer_sha256": self.tokenizer.sha256},
         }
 
-    def resume(self, state: dict, path: str) -> None:
-        """Go on exactly where state was saved. Raises SystemExit if it is not of this reference and shape."""
+    def check_origin(self, state: dict, path: str) -> None:
+        """Raises SystemExit if state is of another reference or another task."""
         if state.get("reference_sha256") != self.reference_hash:
             raise SystemExit(
                 f"{path} was trained from other weights than {self.cfg.out_dir}/ckpt.pt holds; put those "
@@ -1197,11 +1197,15 @@ class PPO:
             )
         # the optimum and the critic's replay are of those
         for name in ("reward", "target_len", "keywords", "exact_end"):
-            if (was := state["config"].get(name, False)) != getattr(self.ppo, name):
+            if (was := state["config"][name]) != getattr(self.ppo, name):
                 raise SystemExit(
                     f"{path} was trained with --{name}={was}, which cannot change during a run; give that, "
                     f"or move {path} away to begin anew"
                 )
+
+    def resume(self, state: dict, path: str) -> None:
+        """Go on exactly where state was saved. Raises SystemExit if it is not of this reference and shape."""
+        self.check_origin(state, path)
         try:
             if state["trained"] != self.names or (state["critic"] is None) != (self.critic is None):
                 raise ValueError("other parts are trained")
@@ -1214,7 +1218,7 @@ class PPO:
                     moments = self.runtime.split_moments(self.optimizer, moments)
                 load_moments(self.optimizer, moments)
             if self.critic:
-                self.critic.load_state_dict(state["critic"] or {})
+                self.critic.load_state_dict(state["critic"])
         except (RuntimeError, ValueError, KeyError) as e:
             raise SystemExit(
                 f"{path} does not fit these flags ({' '.join(str(e).split())[:100]}): --advantage, --critic, "
@@ -1222,36 +1226,27 @@ class PPO:
                 f"{path} away to begin anew"
             ) from None
         self.iter_num, self.first = state["iter_num"], state["first_iter"]
-        self.saved = self.iter_num
-        if "best" in state:
-            self.best = state["best"]
-        elif state["config"]["init_kl_coef"] == self.ppo.init_kl_coef:
-            self.best = state["best_J"], 0.0  # as older states told it
+        self.saved, self.best = self.iter_num, state["best"]
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
         self.moments = RunningMoments(**state["moments"])
-        self.episodes, self.seconds, self.skipped = (
-            state["episodes"],
-            state["seconds"],
-            state.get("skipped", 0),
-        )
+        self.episodes, self.seconds, self.skipped = (state[k] for k in ("episodes", "seconds", "skipped"))
         self.evaluation, self.evaluated = state["evaluation"], state["evaluated"]
-        for saved in state["replay"]:
-            batch = {key: value.to(self.runtime.device) for key, value in saved.items()}
-            if "mask" in batch:  # as states had it before paths were told past the ends of their stories
-                batch["on"] = batch.pop("mask").float()
-            if not self.shared:  # what the reference says to it is quickly made again, as collect made it
-                share = -(-len(batch["end"]) // self.runtime.world_size)
-                shares = zip(*(x.split(share) for x in (batch["tokens"], batch["end"])), strict=True)
-                with self.runtime.gathered(self.reference):
-                    features = [
-                        self.over_parts(
-                            {"tokens": tokens, "end": end}, lambda ids: self.reference.features(ids)
-                        )
-                        for tokens, end in shares
-                    ]
-                batch["critic_features"] = torch.cat(features)
-            self.replay.append(batch)
+        self.replay = [self.replayed(saved) for saved in state["replay"]]
+
+    def replayed(self, saved: dict) -> dict[str, torch.Tensor]:
+        """A rollout that the critic learns from, of a checkpoint."""
+        batch = {key: value.to(self.runtime.device) for key, value in saved.items()}
+        if not self.shared:  # what the reference says to it is quickly made again, as collect made it
+            share = -(-len(batch["end"]) // self.runtime.world_size)
+            shares = zip(batch["tokens"].split(share), batch["end"].split(share), strict=True)
+            with self.runtime.gathered(self.reference):
+                features = [
+                    self.over_parts({"tokens": tokens, "end": end}, lambda ids: self.reference.features(ids))
+                    for tokens, end in shares
+                ]
+            batch["critic_features"] = torch.cat(features)
+        return batch
 
     def save(self, write_model: Callable[[str, ModelArgs, dict], None], best: bool) -> None:
         """Write ppo_ckpt.pt, the newest state (of a split policy ppo_ckpt-ITERATION.dcp); before it, if best,

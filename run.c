@@ -2343,36 +2343,48 @@ static void sample_all(Session *s, Story **stories, int n) {
     }
 }
 
-// Begins a story: its prompt is fed, or copied from the first one's memory.
-static void begin_story(Session *s, Story *story, const Tokens *t, uint64_t seed, const Story *first,
-                        const float *prompt_logits) {
-    const Config *c = &s->model.config;
-    const int fed = t->n < s->limit ? t->n : s->limit;
-    *story = (Story){.rng = seed ? seed : 1, .pos = fed, .prev = BOS, .next = BOS};
-    if (first) {
-        const size_t size = (size_t)c->head_size * c->kv_bytes, bytes = round_up((size_t)fed, LANES) * size;
-        reserve_memory(&s->model, &story->memory, fed);
-        for (size_t h = 0; h < (size_t)c->n_layers * (size_t)c->n_kv_heads; h++) {
-            const size_t to = h * (size_t)story->memory.room * size, from = h * (size_t)first->memory.room * size;
-            memcpy(story->memory.keys + to, first->memory.keys + from, bytes);
-            memcpy(story->memory.values + to, first->memory.values + from, bytes);
-        }
-        memcpy(s->model.state.logits, prompt_logits, (size_t)s->sampler.n * sizeof(float));
-    }
-    if (fed == t->n) story->next = sample(&s->sampler, s->model.state.logits, &story->rng, s->candidates);
-    for (int i = 1; i < t->n && i <= s->limit; i++) {
-        append_token(&story->text, &s->tokenizer, story->prev, t->ids[i]);
-        story->prev = t->ids[i];
-    }
-    story->done = fed < t->n || ends(story->next);
-}
-
 // Adds the token that was chosen to a story's text; true when another one can follow it.
 static bool take_token(Session *s, Story *story) {
     if (ends(story->next)) return false;
     append_token(&story->text, &s->tokenizer, story->prev, story->next);
     story->prev = story->next;
     return story->pos < s->limit;
+}
+
+// What stories begin with: tokens of which the first `fed` have gone through the model
+typedef struct {
+    Tokens tokens;
+    int fed;
+    Memory memory;
+    float *logits;  // (vocab_size,) after the last of them
+} Prompt;
+
+// Begins a story with the prompt and its first token, with a copy of the prompt's memory or, for one alone, with that.
+static void begin_story(Session *s, Story *story, const Prompt *prompt, bool alone, uint64_t seed) {
+    const Config *c = &s->model.config;
+    const Tokens *t = &prompt->tokens;
+    *story = (Story){.rng = seed ? seed : 1, .pos = prompt->fed, .prev = BOS, .next = BOS};
+    if (alone) {
+        story->memory = prompt->memory;
+    } else {
+        const size_t size = (size_t)c->head_size * c->kv_bytes, bytes = round_up((size_t)prompt->fed, LANES) * size;
+        const Memory *from = &prompt->memory;
+        reserve_memory(&s->model, &story->memory, prompt->fed);
+        for (size_t h = 0; h < (size_t)c->n_layers * (size_t)c->n_kv_heads; h++) {
+            const size_t to = h * (size_t)story->memory.room * size, at = h * (size_t)from->room * size;
+            memcpy(story->memory.keys + to, from->keys + at, bytes);
+            memcpy(story->memory.values + to, from->values + at, bytes);
+        }
+    }
+    for (int i = 1; i < t->n && i <= s->limit; i++) {
+        append_token(&story->text, &s->tokenizer, story->prev, t->ids[i]);
+        story->prev = t->ids[i];
+    }
+    story->done = prompt->fed < t->n;
+    if (story->done) return;
+    memcpy(s->model.state.logits, prompt->logits, (size_t)s->sampler.n * sizeof(float));
+    story->next = sample(&s->sampler, s->model.state.logits, &story->rng, s->candidates);
+    story->done = !take_token(s, story);
 }
 
 // Makes the draft of a story that goes on from position pos, if one is wanted.
@@ -2425,101 +2437,102 @@ static void tell_on(Session *s, Story *story) {
     d->right += right;
 }
 
-// Tells `count` stories that begin with the prompt, as many at once as there is room for, with the seeds seed,
-// seed + 1, ... Each is the story it would be alone, and they are printed in order.
-static void generate(Session *s, const Text *prompt, int count, uint64_t seed, Stats *stats) {
-    Tokens t = encode_prompt(s, prompt->data, prompt->len);
-    const int fed = t.n < s->limit ? t.n : s->limit;
-    if (fed < t.n) warn("-n", "the prompt is %d tokens long, only its first %d are used", t.n, fed);
+// Goes on with a story to its end, and prints it meanwhile. Returns how many tokens it took.
+static long tell_story(Session *s, Story *story) {
+    const int begun = story->pos;
+    print_text(s, &story->text);
+    while (!story->done) {
+        if (story->pos == begun) prepare_draft(s, begun);  // with the first token on show already
+        tell_on(s, story);
+        story->done = !take_token(s, story);
+        print_text(s, &story->text);
+    }
+    putchar('\n');
+    free(story->text.data);
+    return story->pos - begun;
+}
+
+// Tells `count` stories, of which the first has begun, as many at once as there is room for. Each is the story it
+// would be alone, and they are printed in order. Returns how many tokens they took.
+static long tell_stories(Session *s, Story *stories, int count, const Prompt *prompt, uint64_t seed) {
     Model *m = &s->model;
-    Story *stories = allocate(count, 1, sizeof(Story), "stories"), *active[MAX_ROWS];
-    Row rows[MAX_ROWS];
-    int begun = 0, shown = 0, n = 0;
     // from MANY rows on, weights that are read in place are summed in another order than for a story alone
     const int rows_at_once = m->packed || m->config.bits == 4 ? MAX_ROWS : MANY - 1;
     const double room = memory_limit() / 2 / memory_of_story(m, s->limit);
     const int most = room < rows_at_once ? room < 1 ? 1 : (int)room : rows_at_once;
-    Memory memory = {0};
-
-    double start = now();
-    float *logits = prefill(m, &memory, t.ids, fed, 0);
-    double prompted = now();
-    float *prompt_logits = floats(m->config.vocab_size, 1);
-    memcpy(prompt_logits, logits, (size_t)m->config.vocab_size * sizeof(float));
-    Story source = {.memory = memory};
-    for (;;) {
+    Story *active[MAX_ROWS];
+    Row rows[MAX_ROWS];
+    long tokens = 0;
+    int n = 0, begun = 0;
+    for (int shown = 0; shown < count;) {
         while (n < most && begun < count) {
-            Story *story = &stories[begun];
-            begin_story(s, story, &t, seed + (uint64_t)begun, count > 1 ? &source : NULL, prompt_logits);
-            if (count == 1) story->memory = memory;
-            if (!begun++) stats->first = now() - start;
-            if (!story->done && take_token(s, story)) {
-                active[n++] = story;
-            } else {
-                story->done = true;
-                if (count > 1) free_memory(&story->memory);
-            }
+            if (begun > 0) begin_story(s, &stories[begun], prompt, false, seed + (uint64_t)begun);
+            active[n++] = &stories[begun++];
         }
-        while (shown < count && shown < begun) {  // what is next in order may be printed
+        int left = 0;
+        for (int i = 0; i < n; i++) {
+            if (active[i]->done) free_memory(&active[i]->memory);
+            else active[left++] = active[i];
+        }
+        n = left;
+        for (; shown < begun; shown++) {
             print_text(s, &stories[shown].text);
             if (!stories[shown].done) break;
             putchar('\n');
             check_stdout();
             free(stories[shown].text.data);
-            if (count > 1) free_memory(&stories[shown].memory);
-            shown++;
         }
-        if (n == 0) {
-            if (begun < count) continue;
-            break;
-        }
-        if (count == 1) {
-            if (stories[0].pos == fed) prepare_draft(s, fed);
-            tell_on(s, &stories[0]);
-            stats->decoded = stories[0].pos - fed;
-        } else {
-            for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->memory};
-            m->many = true;
-            forward(m, rows, n, 0);
-            m->many = false;
-            sample_all(s, active, n);
-            stats->decoded += n;
-        }
-        int left = 0;
-        for (int i = 0; i < n; i++) {
-            if (take_token(s, active[i])) {
-                active[left++] = active[i];
-            } else {
-                active[i]->done = true;
-                if (count > 1) free_memory(&active[i]->memory);
-            }
-        }
-        n = left;
+        for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->memory};
+        if (n == 0) continue;
+        m->many = true;
+        forward(m, rows, n, 0);
+        m->many = false;
+        sample_all(s, active, n);
+        for (int i = 0; i < n; i++) active[i]->done = !take_token(s, active[i]);
+        tokens += n;
     }
+    return tokens;
+}
+
+// Tells `count` stories that begin with the prompt, with the seeds seed, seed + 1, ...
+static void generate(Session *s, const Text *text, int count, uint64_t seed, Stats *stats) {
+    Prompt prompt = {.tokens = encode_prompt(s, text->data, text->len)};
+    const Tokens *t = &prompt.tokens;
+    prompt.fed = t->n < s->limit ? t->n : s->limit;
+    if (prompt.fed < t->n) {
+        warn("-n", "the prompt is %d tokens long, only its first %d are used", t->n, prompt.fed);
+    }
+    Story *stories = allocate(count, 1, sizeof(Story), "stories");
+    double start = now();
+    const float *logits = prefill(&s->model, &prompt.memory, t->ids, prompt.fed, 0);
+    double prompted = now();
+    prompt.logits = floats(s->sampler.n, 1);
+    memcpy(prompt.logits, logits, (size_t)s->sampler.n * sizeof(float));
+    begin_story(s, &stories[0], &prompt, count == 1, seed);
+    stats->first = now() - start;
+    stats->decoded = count == 1 ? tell_story(s, &stories[0]) : tell_stories(s, stories, count, &prompt, seed);
     flush_stdout();
     double end = now();
     stats->prompt = prompted - start;
-    stats->prompt_tokens = fed;
+    stats->prompt_tokens = prompt.fed;
     stats->decode = end - prompted;
     stats->stories = count;
-    if (count == 1) {
-        // as llama2.c: its clock starts after the first token; of the length, BOS and the end token are part
-        double seconds = end - (fed == 1 ? prompted : start);
-        int pos = stories[0].pos;
-        if (pos > 1 && seconds > 0) {
-            fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
-                    fed == t.n && ends(stories[0].next) ? "" : ", cut off");
-        }
-        free_memory(&stories[0].memory);
-    } else {
+    const int pos = stories[0].pos;
+    // as llama2.c: its clock starts after the first token; of the length, BOS and the end token are part
+    const double seconds = end - (prompt.fed == 1 ? prompted : start);
+    if (count > 1) {
         fprintf(stderr, "achieved tok/s: %f (%ld tokens in %d stories)\n",
                 per_second(stats->decoded, stats->decode), stats->decoded, count);
-        free_memory(&source.memory);
+    } else if (pos > 1 && seconds > 0) {
+        fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
+                prompt.fed == t->n && ends(stories[0].next) ? "" : ", cut off");
     }
     if (s->stats) print_stats(s, stats);
-    free(prompt_logits);
+    if (count == 1) prompt.memory = stories[0].memory;
+    free_memory(&prompt.memory);
+    free(prompt.logits);
     free(stories);
-    free(t.ids);
+    free(prompt.tokens.ids);
 }
 
 // Prints a question and reads a line of any length, without its newline. False at the end of input.

@@ -675,7 +675,6 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
     taken over. With --fsdp the network of all ranks but the first is without weights, and that of a
     checkpoint whose tensors are split everywhere.
     """
-    rank = int(os.environ.get("RANK", 0))
     try:
         check_early(given)
         cfg = TrainConfig(**given)
@@ -696,36 +695,41 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
                 )
             check_shape(cfg, args)
             torch.manual_seed(cfg.seed)
-            with torch.device("meta" if cfg.fsdp and rank else "cpu"):
+            with torch.device("meta" if cfg.fsdp and int(os.environ.get("RANK", 0)) else "cpu"):
                 return cfg, Transformer(args), "", {}
-        resume = cfg.init_from == "resume"
-        if resume:
-            path, checkpoint = find_state(cfg.out_dir, cfg.fsdp)
-        else:
-            path = os.path.normpath(cfg.init_from)  # a shell completes a folder's name with a slash
-            checkpoint = load_checkpoint(path, cfg.fsdp)
-        free = {"dropout"} if resume else {"dropout", "max_seq_len"}  # these change no weight's shape
-        changes = {k: v for k, v in model_given.items() if k in free}
-        empty = cfg.fsdp and (rank > 0 or path.endswith(SHARDED))
-        model = model_from_checkpoint(checkpoint, path, empty, **changes)
-        for name, value in model_given.items():
-            if not agrees(name, value, model.args):
-                raise SystemExit(
-                    f"--{name}={value} contradicts {path}, where it is {getattr(model.args, name)}; "
-                    f"leave the flag out, or train anew with --init_from=scratch"
-                )
-        names = {"vocab_source"}
-        if resume:
-            names = {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED
-            names -= set() if "data" in checkpoint else NOT_LLAMA2C
-        taken = {k: v for k, v in checkpoint.get("config", {}).items() if k in names}
-        if model.args.vocab_size != 32000:  # not the Llama 2 tokenizer's, whatever the flag's default
-            taken.setdefault("vocab_source", "custom")
-        if rank == 0:
-            print(f"from {path}, iteration {checkpoint.get('iter_num', 0)}")
-        cfg = TrainConfig(**taken | given | {"init_from": cfg.init_from})
+        return go_on(cfg, model_given, given)
     except ValueError as e:
         raise SystemExit(f"{e}; see: python train.py --help") from None
+
+
+def go_on(cfg: TrainConfig, model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, str, dict]:
+    """configure() from a checkpoint: the one in out_dir or, to fine-tune it, of a path."""
+    rank, resume = int(os.environ.get("RANK", 0)), cfg.init_from == "resume"
+    if resume:
+        path, checkpoint = find_state(cfg.out_dir, cfg.fsdp)
+    else:
+        path = os.path.normpath(cfg.init_from)  # a shell completes a folder's name with a slash
+        checkpoint = load_checkpoint(path, cfg.fsdp)
+    free = {"dropout"} if resume else {"dropout", "max_seq_len"}  # these change no weight's shape
+    changes = {k: v for k, v in model_given.items() if k in free}
+    empty = cfg.fsdp and (rank > 0 or path.endswith(SHARDED))
+    model = model_from_checkpoint(checkpoint, path, empty, **changes)
+    for name, value in model_given.items():
+        if not agrees(name, value, model.args):
+            raise SystemExit(
+                f"--{name}={value} contradicts {path}, where it is {getattr(model.args, name)}; "
+                f"leave the flag out, or train anew with --init_from=scratch"
+            )
+    names = {"vocab_source"}
+    if resume:
+        names = {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED
+        names -= set() if "data" in checkpoint else NOT_LLAMA2C
+    taken = {k: v for k, v in checkpoint.get("config", {}).items() if k in names}
+    if model.args.vocab_size != 32000:  # not the Llama 2 tokenizer's, whatever the flag's default
+        taken.setdefault("vocab_source", "custom")
+    if rank == 0:
+        print(f"from {path}, iteration {checkpoint.get('iter_num', 0)}")
+    cfg = TrainConfig(**taken | given | {"init_from": cfg.init_from})
     check_machine(cfg)
     more = resume and not cfg.eval_only and cfg.max_iters > checkpoint.get("iter_num", 0)
     if more and (ppo := ppo_states(cfg.out_dir)):  # which compares with ckpt.pt

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shared_data
+from conftest import ROOT, VOCAB, shared_data
 
 import export
 from export import fit_group_size, quantize, read_bin, write_bin
 from model import ModelArgs, Transformer, save_checkpoint
+from tokenizer import Tokenizer
 
 SHAPES = [
     {},
@@ -253,3 +254,93 @@ def test_missing_files_name_the_command_that_makes_them(run_c, tmp_path):
     write_bin(str(path), net.args, net.state_dict())
     message = run_c(path, "-z", tmp_path / "tok.bin", fails=True)
     assert "tok.bin" in message and "python tokenizer.py" in message and message.count("\n") == 1
+
+
+def v3_by_hand_interleaved(w):
+    q, scale = export.quantize4(w)
+    values, scales = bytearray(), bytearray()
+    for band in range(0, len(q), 16):
+        for group in range(q.shape[1] // 32):
+            for i in range(4):
+                for row in range(band, band + 16):
+                    for j in range(4):
+                        low, high = (int(q[row, 32 * group + 8 * i + k + j]) + 8 for k in (0, 4))
+                        values.append(low | high << 4)
+            for row in range(band, band + 16):
+                scales += struct.pack("<e", float(scale[row, group]))
+    return bytes(values + scales)
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"dim": 48, "hidden_dim": 80, "vocab_size": 41, "tie_embeddings": False}]
+)
+def test_v3_is_as_described_and_reads_back(shape, tmp_path):
+    net, path = make(**shape), str(tmp_path / "m.bin")
+    error = write_bin(path, net.args, net.state_dict(), 3)
+    data, a = Path(path).read_bytes(), net.args
+    at, w = 256, net.state_dict()
+    for name in export.tensor_names(3, a):
+        if name.endswith("norm.weight"):
+            assert data[at : at + 4 * a.dim] == w[name].numpy().tobytes()
+            at += 4 * a.dim
+            continue
+        at = -(-at // 64) * 64
+        expected = v3_by_hand_interleaved(w[name])
+        assert data[at : at + len(expected)] == expected, name
+        at += len(expected)
+    assert at == len(data)
+    _, back = read_bin(path)
+    worst = max((back[k] - v).abs().max().item() for k, v in w.items())
+    assert worst == error < 0.3 * max(v.abs().max().item() for v in w.values())
+    assert all(torch.equal(back[k], w[k]) for k in w if k.endswith("norm.weight"))
+
+
+def test_quantize4_takes_the_best_of_its_scales():
+    w = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    w[3, :32] = 0
+    q, scale = export.quantize4(w)
+    assert q.min() >= -8 and q.max() <= 7 and (scale[3, 0], q[3, :32].any()) == (0, False)
+    for row in range(16):
+        for g in range(2):
+            x = w[row, 32 * g : 32 * g + 32].double().numpy()
+            errors = []
+            for factor in np.linspace(0.75, 1.25, 21):
+                s = float(np.float16(np.float32(x[np.abs(x).argmax()] * factor / -8)))
+                k = np.clip(np.rint(x / s), -8, 7) if s else 0 * x
+                errors.append(((k * s - x) ** 2).sum())
+            ours = ((q[row, 32 * g : 32 * g + 32].double().numpy() * float(scale[row, g]) - x) ** 2).sum()
+            assert ours <= min(errors) * (1 + 1e-4) + 1e-12
+
+
+def test_the_group_size_is_followed(tmp_path, monkeypatch, capsys):
+    net = make(dim=64, hidden_dim=128)
+    save_checkpoint(tmp_path / "ckpt.pt", {"model": net.state_dict(), "model_args": asdict(net.args)})
+    monkeypatch.chdir(tmp_path)
+    export.main(["q.bin", "--checkpoint=ckpt.pt", "--version=2", "--group_size=16"])
+    assert (
+        struct.unpack_from("<i", Path("q.bin").read_bytes(), 37) == (16,)
+        and "groups of 16" in capsys.readouterr().out
+    )
+    export.main(["f.bin", "--checkpoint=ckpt.pt", "--version=3"])
+    assert "largest error" in capsys.readouterr().out
+
+
+def test_run_c_reads_what_export_writes_of_every_version(run_program, tmp_path, data_dir):
+    net = make(vocab_size=VOCAB, max_seq_len=64).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.5)
+    pieces = Tokenizer(f"{data_dir}/tok{VOCAB}.model").export(str(tmp_path / "tok.bin"))
+    for version in (2, 3):
+        path = tmp_path / f"v{version}.bin"
+        write_bin(str(path), net.args, net.state_dict(), version)
+        _, state = read_bin(str(path))
+        rounded = make(vocab_size=VOCAB, max_seq_len=64).eval()
+        rounded.load_state_dict(state)
+        call = [run_program, path, "-z", pieces, "-i", "Once upon a time", "--logits"]
+        out = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True).stdout
+        got = np.array([line.split() for line in out.splitlines()], float)
+        ids = Tokenizer(f"{data_dir}/tok{VOCAB}.model").encode("Once upon a time", bos=True)
+        with torch.no_grad():
+            expected = rounded(torch.tensor([ids]))[0][0].numpy()
+        assert np.abs(got - expected).mean() < 0.05 * expected.std()  # activations are int8

@@ -4,15 +4,17 @@ import copy
 import math
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_cuda, shared_data
+from conftest import ROOT, VOCAB, needs_cuda, same, shared_data
 
 import model as M
 from export import read_any
@@ -549,3 +551,112 @@ def test_stories_give_the_terminal_no_orders(capsys):
 
 def test_a_start_of_broken_utf8_can_be_printed():
     assert M.read_start("caf\udce9 \U0001f431") == "caf\ufffd \U0001f431"
+
+
+SMALL = {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 50, "max_seq_len": 16}
+
+
+def small(**more) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelArgs(**SMALL | more))
+
+
+def test_flops_by_hand_and_parameters_as_built():
+    for tied, kv in ((True, 4), (False, 2)):
+        args = ModelArgs(
+            dim=32, n_layers=3, n_heads=4, n_kv_heads=kv, vocab_size=50, max_seq_len=16, tie_embeddings=tied
+        )
+        net = Transformer(args)
+        count = sum(p.numel() for p in {id(p): p for p in net.parameters()}.values())
+        assert args.num_parameters() == net.num_parameters() == count
+        assert net.flops_per_token() == 6 * count + 12 * 3 * 32 * 16
+
+
+def test_prefixes_of_ddp_and_compile():
+    net = small()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
+        checkpoint = {"model": {prefix + k: v for k, v in net.state_dict().items()}, "model_args": SMALL}
+        assert same(dict(M.model_from_checkpoint(checkpoint).state_dict()), dict(net.state_dict()))
+
+
+def test_where_dropout_is():
+    """On the embeddings and on both residual branches."""
+    net, rates = small(dropout=0.5).train(), []
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda m, x, y: rates.append(m.p))
+    net(torch.ones(1, 4, dtype=torch.long))
+    assert rates == [0.5] * 3
+
+
+def test_half_a_character_waits(capsys):
+    texts = iter(["caf", "caf\ufffd", "café", "café ☃"])
+    stream = M.TextStream(SimpleNamespace(decode=lambda ids: next(texts)), [])
+    outs = []
+    for i in range(4):
+        stream(0, i)
+        outs.append(capsys.readouterr().out)
+    assert outs == ["caf", "", "é", " ☃"]
+
+
+def test_flags_reach_generate(tmp_path, data_dir, monkeypatch, capsys):
+    path = tmp_path / "ckpt.pt"
+    net = small(vocab_size=VOCAB)
+    M.save_checkpoint(
+        path,
+        {
+            "model": net.state_dict(),
+            "model_args": {**SMALL, "vocab_size": VOCAB},
+            "config": {"vocab_source": "custom", "data_dir": data_dir},
+        },
+    )
+    seen, real = [], M.generate
+    monkeypatch.setattr(
+        M,
+        "generate",
+        lambda *args, **how: seen.append((args[2:], how["generator"].initial_seed())) or real(*args, **how),
+    )
+    M.main(
+        [
+            "--checkpoint",
+            str(path),
+            "--max_new_tokens=3",
+            "--temperature=0.5",
+            "--top_k=7",
+            "--top_p=0.8",
+            "--seed=9",
+        ]
+    )
+    assert seen == [((3, 0.5, 7, 0.8), 9)]
+
+
+def test_an_impossible_id_is_never_drawn():
+    logits = torch.tensor([[-math.inf, 5.0, -math.inf, 1.0]])
+    for u in (0.0, 1 - 2**-24):
+        assert M.sample(logits, torch.tensor([u])).item() in (1, 3)
+
+
+def test_states_without_moments_come_last(tmp_path):
+    some = {"model": {}, "model_args": {}}
+    M.save_checkpoint(tmp_path / "a.pt", some | {"iter_num": 3, "optimizer": {"state": {0: {"step": 1}}}})
+    M.save_checkpoint(tmp_path / "b.pt", some | {"iter_num": 9})
+    paths = [str(tmp_path / x) for x in ("b.pt", "a.pt")]
+    assert M.newest_state(paths)[0] == paths[1] and M.newest_state(paths[:1])[0] == paths[0]
+
+
+def test_a_tokenizer_beside_the_checkpoint(tmp_path, data_dir):
+    shutil.copy(f"{data_dir}/tok{VOCAB}.model", tmp_path)
+    checkpoint = {
+        "model_args": {"vocab_size": VOCAB},
+        "config": {"vocab_source": "custom", "data_dir": str(tmp_path / "gone")},
+    }
+    checkpoint["config"]["tokenizer_sha256"] = M.find_tokenizer(
+        checkpoint, str(tmp_path / "ckpt.pt"), f"{data_dir}/tok{VOCAB}.model"
+    ).sha256
+    assert M.find_tokenizer(checkpoint, str(tmp_path / "ckpt.pt")).model_path == str(
+        tmp_path / f"tok{VOCAB}.model"
+    )
+    checkpoint["config"]["data_dir"] = data_dir  # the usual one first
+    assert (
+        M.find_tokenizer(checkpoint, str(tmp_path / "ckpt.pt")).model_path == f"{data_dir}/tok{VOCAB}.model"
+    )

@@ -16,6 +16,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -2039,3 +2040,280 @@ def test_prompts_from_a_file(data_dir, base, tmp_path, tune):
         with pytest.raises(SystemExit) as e:
             sources(data_dir, checkpoint, prompts=str(path))
         assert message in one_line(e) and "prompts.txt" in one_line(e)
+
+
+def test_another_seed_other_random_numbers(data_dir, base, tmp_path):
+    def draws(seed):
+        run = make_run(cfg={"seed": seed})
+        return [
+            float(torch.rand((), generator=run.generator(*key)))
+            for key in ((1, 0), (1, 1), (2, 0), (3, 0), (4, 0))
+        ]
+
+    assert draws(1) == draws(1) and len({*draws(1), *draws(2)}) == 10
+    checkpoint, path = load_checkpoint(base / "ckpt.pt"), tmp_path / "p.txt"
+    path.write_text("\n".join(f"Once there was a {x}" for x in "abcdefghi"))
+    args, tokenizer = ModelArgs(**checkpoint["model_args"]), Tokenizer(f"{data_dir}/tok{VOCAB}.model")
+    for how in ({}, {"prompts": str(path)}):
+        first = [
+            train.prompts_for(
+                TrainConfig(data_dir=data_dir, vocab_source="custom", seed=seed),
+                PPOConfig(target_len=20, start_len=6, **how),
+                args,
+                checkpoint,
+                tokenizer,
+            )[0](0, 50)
+            for seed in (3, 4)
+        ]
+        assert first[0] != first[1]
+
+
+def test_a_reward_is_told_which_stories_and_paths_ended():
+    calls = []
+
+    def f(prompts, stories, tokens, ended):
+        calls.append((tokens, ended))
+        return [0.0] * len(tokens)
+
+    f.if_ended = ppo.length_reward(8).if_ended
+    run = make_run(exact_end=True)
+    run.scorer.parts = [("f", 1.0, f)]
+    batch = collect(run, 40)
+    assert calls[0] == (batch_stories(batch), batch["story_ended"].tolist())
+    past = (batch["story_ended"] & ~batch["ended"]).tolist()  # told on past their ends, and cut off there
+    assert any(past) and not all(past)
+    assert calls[1] == (
+        [path for path, x in zip(batch_ids(batch), past, strict=True) if x],
+        [False] * sum(past),
+    )
+
+
+def test_normalised_and_clipped_are_stories_paths_and_ends_alike():
+    run = make_run(
+        exact_end=True, reward_norm=True, reward_clip=0.5, init_kl_coef=0.0, missing_eos_penalty=0.25
+    )
+    nudge(run.policy, 0.2)
+    batch = collect(run, 40)
+    rewards = run.rewards(batch)
+    scores = batch["scores"].sum(1).double().numpy()  # of the stories, not of the paths
+    assert not same(batch["scores"], batch["cut_scores"])
+    assert run.moments.mean == pytest.approx(scores.mean()) and run.moments.count == 40
+    shaped = lambda x: np.clip((x - scores.mean()) / scores.std(), -0.5, 0.5)  # noqa: E731
+    paths = shaped(batch["cut_scores"].sum(1).double().numpy()) - 0.25 * ~batch["ended"].numpy()
+    np.testing.assert_allclose(rewards.sum(1).numpy(), paths, atol=1e-5)
+    told = run.scorer.if_ended(batch["tokens"], batch["mask"]).double().numpy()
+    ending = run.endings(batch)[1].numpy()
+    np.testing.assert_allclose(ending, np.where(batch["mask"], shaped(told), 0.0), atol=1e-5)
+
+
+def test_the_critics_rate_falls_to_nothing_in_every_fit():
+    run = make_run(critic_lr=0.5)
+    run.advantages(collect(run))
+    for _ in range(2):
+        rates = []
+        run.step = lambda optimizer, *more, rates=rates: rates.append(optimizer.param_groups[0]["lr"])
+        run.fit_critic(2)  # 16 episodes, 4 a step
+        assert rates == pytest.approx([0.5 * (1 - i / 8) for i in range(8)])
+
+
+def test_the_shared_critics_head_has_its_own_rate():
+    run = make_run(critic="shared", critic_lr=0.5)
+    run.iteration()
+    assert [g["lr"] for g in run.optimizer.param_groups] == [1e-3, 1e-3, 0.5]
+
+
+@pytest.mark.parametrize(
+    "critic, replay, kept",
+    [("reference", 32, 2), ("reference", 33, 3), ("reference", 0, 1), ("shared", 100, 1)],
+)
+def test_how_many_episodes_the_critic_learns_from(critic, replay, kept):
+    run = make_run(critic=critic, critic_replay=replay)
+    for seed in range(4):
+        run.advantages(batch := collect(run, seed=seed))
+    assert [len(b["end"]) for b in run.replay] == [16] * kept
+    assert same(run.replay[-1]["tokens"], batch["tokens"])  # the latest
+
+
+def test_ppo_ends_after_so_many_steps_in_a_row_that_cannot_be_made():
+    def go(bad):
+        run, calls = make_run(cfg={"max_skipped": 3, "max_iters": 3, "eval_interval": 100}), []
+        loss = run.loss
+
+        def poisoned(*args):
+            calls.append(0)
+            total, stats = loss(*args)
+            return (total * math.nan, stats) if bad(len(calls)) else (total, stats)
+
+        run.loss, run.save = poisoned, lambda *args, **how: None
+        ppo.train_ppo(run, None, SimpleNamespace(asked=False), None)
+        return run
+
+    with pytest.raises(SystemExit, match="4 steps in a row .* --learning_rate=0.0005"):
+        go(lambda call: True)  # two steps an iteration
+    run = go(lambda call: call % 2)
+    assert run.skipped == 4 and run.in_a_row == 0
+
+
+def test_the_mean_is_over_what_is_reached():
+    """Half as many stories that come to each choice: the same gradient."""
+    run = make_run(cfg={"batch_size": 16, "grad_clip": 0.0}, advantage="rloo", group_size=2)
+    batch = collect(run)
+    (whole,), (half,) = gradients(run, batch), gradients(run, batch | {"reach": batch["reach"] / 2})
+    assert max(g.abs().max() for g in whole.values()) > 0.01
+    for name in whole:
+        torch.testing.assert_close(half[name], whole[name], atol=1e-6, rtol=0)
+
+
+def test_beta_rests_while_only_the_critic_learns():
+    run = make_run(adaptive_kl=True, kl_target=5.0, kl_horizon=100, critic_warmup=1)
+    run.first = run.iter_num = 7  # of a pretrained model
+    assert run.iteration()["ppo/steps"] == 0 and run.beta == 0.1
+    assert run.iteration()["ppo/steps"] > 0 and run.beta < 0.1
+
+
+def test_j_is_at_the_beta_of_now():
+    run = make_run()
+    nudge(run.policy, 0.1)
+    run.beta, batch = 0.7, collect(run)
+    told = run.describe(batch)
+    assert told["ppo/J"] == pytest.approx(told["ppo/reward"] - 0.7 * told["ppo/kl"], abs=1e-6)
+
+
+def test_the_optimum_is_that_of_what_the_reference_told():
+    run = make_run(eval_samples=3)
+    run.evaluate()
+    before = run.evaluation["before"]["scores"].double().numpy()
+    assert before.shape == (4, 3)
+    run.iter_num, run.beta = 1, 0.3
+    nudge(run.policy, 0.2)
+    told = run.evaluate()
+    assert not same(run.evaluation["after"]["scores"], run.evaluation["before"]["scores"])
+    expected = 0.3 * np.log(np.exp(before / 0.3).mean())
+    assert told["ppo/eval/J_optimum"] == pytest.approx(expected, abs=1e-6)
+    tokens = [r[:3] for r in (run.stories[0][0].tolist())]
+    assert len(tokens) == 3
+
+
+def test_scores_lie_by_prompt():
+    prompts = lambda i, n: [[END, *[3] * k] for k in range(n)]  # noqa: E731
+    run = make_run(
+        eval_samples=3, max_gen_len=1, reward=lambda tokens: [float(len(t)) for t in tokens], prompts=prompts
+    )
+    run.evaluate()
+    assert run.evaluation["before"]["scores"].tolist() == [[k + 2.0] * 3 for k in range(4)]
+
+
+def test_what_a_state_keeps():
+    run, other = make_run(), make_run()
+    run.iteration()
+    run.skipped, run.seconds = 3, 17.5
+    other.resume(run.state(), "ppo_ckpt.pt")
+    for name in ("skipped", "seconds", "episodes", "best", "evaluated", "iter_num"):
+        assert getattr(other, name) == getattr(run, name), name
+
+
+@pytest.mark.parametrize(
+    "before, after", [("length", "0.5*length"), ("keyword --keywords=a", "keyword --keywords=b")]
+)
+def test_rewards_cannot_change_either(before, after, tune):
+    tune("out", "--ppo_iters=1", *f"--reward={before}".split())
+    with pytest.raises(SystemExit, match="which cannot change during a run"):
+        tune("out", "--ppo_iters=2", *f"--reward={after}".split())
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_evaluations_are_counted_from_the_first_iteration(always, tune, tmp_path, monkeypatch):
+    monkeypatch.setattr(PPO, "is_best", lambda self, *args: self.iter_num == PRETRAINED + 5)
+    flags = [
+        "--ppo_iters=6",
+        "--eval_interval=5",
+        "--critic_epochs=0",
+        "--ppo_epochs=1",
+        f"--always_save_checkpoint={always}",
+    ]
+    tune("out", *flags)
+    assert [m["iter"] - PRETRAINED for m in metrics(tmp_path / "out") if "ppo/eval/J" in m] == [0, 5, 6]
+    assert load_checkpoint(tmp_path / "out" / "ppo_best.pt")["iter_num"] == PRETRAINED + (6 if always else 5)
+
+
+def test_moments_come_without_their_settings():
+    def adamw(**how):
+        p = torch.nn.Parameter(torch.ones(2))
+        return p, torch.optim.AdamW([p], **how)
+
+    (p, old), (_, new) = (
+        adamw(lr=1.0, betas=(0.5, 0.6), weight_decay=0.3),
+        adamw(lr=2.0, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0),
+    )
+    p.sum().backward()
+    old.step()
+    train.load_moments(new, old.state_dict())
+    (group,) = new.param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2.0, (0.9, 0.99), 1e-3, 0.0)
+    assert [int(s["step"]) for s in new.state.values()] == [1]
+
+
+def test_betas_are_in_their_order():
+    """The first step does not tell: bias correction takes them out."""
+    (run,) = (make_run(cfg={"beta1": 0.7, "beta2": 0.97}),)
+    assert all(g["betas"] == (0.7, 0.97) for g in run.optimizer.param_groups)
+    optimizer = train.make_optimizer(tiny(), TrainConfig(beta1=0.7, beta2=0.97), "cpu")
+    assert all(g["betas"] == (0.7, 0.97) for g in optimizer.param_groups)
+
+
+def test_a_certain_end_has_a_finite_logarithm():
+    logp = torch.tensor([0.0, math.log(0.25), -50.0], requires_grad=True)
+    out = ppo.log_not(logp)
+    assert out.tolist() == pytest.approx([math.log(1e-6), math.log(0.75), 0.0], rel=0.05)
+    out.sum().backward()
+    assert logp.grad.isfinite().all()
+
+
+def test_minibatches_are_others_in_every_iteration():
+    run, seen = make_run(), []
+    run.step = lambda optimizer, params, loss, index, *more: seen.append(index.tolist()) or torch.zeros(5)
+    run.grad_norm = torch.tensor(0.0)
+    batch = collect(run)
+    advantages, scale = run.advantages(batch)
+    for run.iter_num in (0, 1):
+        run.improve(batch, advantages, scale)
+    assert len(seen) == 4 and sorted(seen[0] + seen[1]) == list(range(16)) and seen[:2] != seen[2:]
+
+
+def test_where_a_story_ends_is_drawn_apart_from_its_tokens(monkeypatch):
+    run, seen = make_run(exact_end=True), []
+    monkeypatch.setattr(
+        run, "collect", lambda prompts, u, until: seen.extend([u, until]) or (_ for _ in ()).throw(KeyError)
+    )
+    with pytest.raises(KeyError):
+        run.iteration()
+    u, until = seen
+    assert u.shape == (16, 16) and until.shape == (16,) and not torch.isin(until, u).any()
+
+
+def test_target_kl_is_the_limit_itself():
+    """Just above what the second step would move, it is made; just below, it is not."""
+
+    def second(limit):
+        run = make_run(cfg={"batch_size": 16, "learning_rate": 1e-2}, ppo_epochs=2, target_kl=limit)
+        kls, step = [], run.step
+        run.step = lambda *args: kls.append(float((s := step(*args)).flatten()[0])) or s
+        return run.iteration()["ppo/steps"], kls[-1]
+
+    _, kl = second(100.0)
+    assert second(kl * 1.01)[0] == 2 and second(kl * 0.99)[0] == 1
+
+
+def test_values_are_those_of_the_mask():
+    run = make_run()
+    nudge(run.critic, 0.2)
+    batch = collect(run)
+    assert not run.values(batch)[~batch["mask"]].any()
+
+
+def test_responses_to_a_prompt_lie_together():
+    run, seen = make_run(advantage="rloo", group_size=4), []
+    run.collect = lambda prompts, *more: seen.extend(prompts) or (_ for _ in ()).throw(KeyError)
+    with pytest.raises(KeyError):
+        run.iteration()
+    assert seen == [prompt for prompt in some_prompts(0, 4) for _ in range(4)]

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import struct
@@ -1357,3 +1358,175 @@ def test_chat_keeps_its_state(builds):
     answers = [run_ok(*args, stdin=first + b"\nTell me about the dog.\n").split(b"User: ")
                for first in (b"Hello", b"The cat is big")]
     assert len(answers[0]) > 1 and answers[0] != answers[1]
+
+
+def pieces_of(ids):
+    told = SPECIAL + BYTES + LETTERS
+    return b"".join(bytes([i - 3]) if 3 <= i < 259 else told[i] for i in ids)
+
+
+def test_a_prompt_of_more_tokens_than_are_fed_at_once(builds, tmp_path, tokenizer):
+    """The first token told is the one that --logits, which feeds fewer at a time, finds likeliest."""
+    s = Shape(dim=32, n_layers=2, seq_len=1100)
+    model, text = tmp_path / "m.bin", tmp_path / "p.txt"
+    model.write_bytes(model_bytes(s, random_weights(s, scale=2.0)))
+    rng = np.random.default_rng(0)
+    seen = set()
+    for count in (511, 512, 600, 1030):
+        text.write_bytes(bytes(rng.choice(list(b"abcdefghijklm"), count).tolist()))
+        args = builds.checked, model, "-z", tokenizer, "-f", text, "-t", 0
+        rows = run_ok(*args, "-n", 0, "--logits").splitlines()
+        assert len(rows) == count + 2
+        best = int(np.argmax(np.array(rows[-1].split(), float)))
+        seen.add(best)
+        out = run_ok(*args, "-n", count + 3)
+        first = out[count:]
+        expected = b"" if best in (BOS, EOS) else pieces_of([best])
+        assert first.startswith(expected) or not expected.isascii(), (count, best, first)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("seq_len", [32, 100])
+def test_perplexity_also_where_a_story_is_fed_in_parts(builds, tmp_path, tokenizer, seq_len):
+    s = Shape(seq_len=seq_len)
+    w = random_weights(s)
+    model, file = tmp_path / "m.bin", tmp_path / "stories.txt"
+    model.write_bytes(model_bytes(s, w))
+    stories = ["hello KIM", "the dog and the cat and the mouse and the " + "x" * 80]
+    file.write_text("<|endoftext|>".join(stories))
+    nats = []
+    for story in stories:
+        ids = list(map(int, run_ok(builds.checked, model, "-z", tokenizer, "-i", story, "--tokens").split()))
+        for at in range(0, len(ids), seq_len):
+            part = ids[at : at + seq_len]
+            logits = reference_logits(s, w, part)
+            log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            targets = (ids + [BOS])[at + 1 : at + 1 + len(part)]
+            nats += list(-log_p[np.arange(len(part)), targets])
+    out = run_ok(builds.checked, model, "-z", tokenizer, "--perplexity", file).decode()
+    mean, bits = (float(x.split()[0]) for x in (out.split(":")[1], out.split(",")[1]))
+    size = sum(map(len, stories))
+    assert abs(mean - np.mean(nats)) < 1e-5 and abs(bits - np.sum(nats) / np.log(2) / size) < 1e-5, out
+
+
+def test_perplexity_with_another_models_tokenizer(builds, tmp_path):
+    path, file, model = (
+        tmp_path / "t.bin",
+        tmp_path / "s.txt",
+        markov_model(tmp_path / "m.bin", {}, vocab_size=100),
+    )
+    path.write_bytes(tokenizer_of(300))
+    file.write_text("hello")
+    r = run(builds.checked, model, "-z", path, "--perplexity", file)
+    assert r.returncode == 1 and r.stdout == b"" and b"the model has only 100" in r.stderr
+
+
+def test_a_chat_has_its_seed(builds, tmp_path, tokenizer):
+    model = tmp_path / "m.bin"
+    model.write_bytes(model_bytes(Shape(), random_weights(Shape())))
+    args = (
+        builds.checked,
+        model,
+        "-z",
+        tokenizer,
+        "-t",
+        1,
+        "-p",
+        1,
+        "-m",
+        "chat",
+        "--template",
+        "plain",
+        "-y",
+        "",
+        "-i",
+        "a",
+    )
+    one, again, two = (run(*args, "-s", seed).stdout for seed in (1, 1, 2))
+    assert one == again != two
+
+
+def test_no_seed_is_the_time(builds, tmp_path, tokenizer):
+    model = tmp_path / "m.bin"
+    model.write_bytes(model_bytes(Shape(), random_weights(Shape())))
+    args = builds.checked, model, "-z", tokenizer, "-t", 1, "-p", 1
+    for how in ([], ["-s", 0]):
+        before = int(time.time())
+        out = run_ok(*args, *how)
+        assert out in {run_ok(*args, "-s", t) for t in range(before, int(time.time()) + 1)}
+
+
+def test_the_usual_length_is_256(builds, tmp_path, tokenizer):
+    model = markov_model(tmp_path / "m.bin", {BOS: 260, 260: 260}, seq_len=300)
+    assert run_ok(builds.checked, model, "-z", tokenizer, "-t", 0) == b"a" * 256 + b"\n"
+
+
+def test_a_last_piece_may_be_empty(builds, tmp_path):
+    path, model = tmp_path / "t.bin", markov_model(tmp_path / "m.bin", {}, vocab_size=264)
+    path.write_bytes(tokenizer_bytes([*SPECIAL, *BYTES, b" ", b"a", b""]))
+    assert run_ok(builds.checked, model, "-z", path, "--tokens", "-i", "a") == b"1 259 260\n"
+
+
+def test_tokens_told_are_counted(builds, tmp_path, tokenizer):
+    model = markov_model(tmp_path / "m.bin", chain([BOS, 260, 261, EOS]))
+    r = run(builds.checked, model, "-z", tokenizer, "-t", 0)
+    assert r.stdout == b"ab\n" and re.fullmatch(rb"achieved tok/s: [\d.]+ \(4 tokens\)\n", r.stderr), r.stderr
+
+
+def test_two_turns_are_one_text(builds, tmp_path, tokenizer):
+    """Greedily, as the float64 reference that reads all turns: the system prompt is said once."""
+    s = Shape(seq_len=64)
+    turns = ["be\nab", "ba", "c"]
+    for seed in range(40):
+        w = random_weights(s, seed, scale=2.0)
+        w["cls"] = w["cls"].copy()
+        keep = [EOS, *(259 + LETTERS.index(x) for x in (b"a", b"b", b"c", b"d", b"e", b"f"))]
+        w["cls"][[i for i in range(s.vocab_size) if i not in keep]] *= 0
+        s.tied = False
+        told, ids = [], []
+        for turn in turns:
+            ids += [BOS, 259, *(259 + LETTERS.index(x.encode()) if x != "\n" else 3 + 10 for x in turn)]
+            answer = []
+            while len(ids) < 60:
+                best = int(np.argmax(reference_logits(s, w, ids)[-1]))
+                if best == EOS:
+                    break
+                ids.append(best)
+                answer.append(best)
+            told.append(answer)
+        if len(ids) < 55 and all(told):
+            break
+    else:
+        raise AssertionError("no such weights")
+    model = tmp_path / "m.bin"
+    model.write_bytes(model_bytes(s, w))
+    args = (
+        builds.checked,
+        model,
+        "-z",
+        tokenizer,
+        "-t",
+        0,
+        "-n",
+        0,
+        "-m",
+        "chat",
+        "--template",
+        "plain",
+        "-y",
+        "be",
+    )
+    out = run_ok(*args, stdin="\n".join(["ab", *turns[1:]]).encode() + b"\n")
+    assert out.replace(b"User: ", b"").split(b"\n")[:3] == [pieces_of(x) for x in told]
+
+
+def test_int8_groups_that_no_vector_divides(builds, tmp_path, tokenizer):
+    for group, shape in [
+        (5, Shape(dim=40, hidden_dim=50)),
+        (7, Shape(dim=28, hidden_dim=42, n_heads=2, n_kv_heads=1)),
+    ]:
+        w = random_weights(shape, seed=2)
+        path = tmp_path / "model.bin"
+        path.write_bytes(model_bytes(shape, w, 2, group))
+        ids, logits = logits_of(builds.checked, path, tokenizer)
+        np.testing.assert_allclose(logits, reference_logits(shape, w, ids, group), atol=1e-4, rtol=0)

@@ -1785,3 +1785,40 @@ print(len(TokenBatches("data/tok384", "train", 1, 8)._shards))'
     """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("\n59\n"), done.stderr
+
+
+def test_a_download_goes_on_as_long_as_bytes_come(server, tmp_path, monkeypatch):
+    """Cut off more often than it may fail: each attempt brings something new."""
+    monkeypatch.setattr(ts, "TRIES", 3)
+    server.data = DATA * 2  # 6 pieces
+    server.faults = ["cut"] * 5
+    ts.fetch(server.url, str(tmp_path / "f"))
+    assert (tmp_path / "f").read_bytes() == server.data and len(server.requests) == 6
+    server.faults = ["cut", 503, "cut", 503, 503]  # two in a row that bring nothing
+    refuses("503", ts.fetch, server.url, str(tmp_path / "g"))
+    assert server.faults == []
+
+
+def test_waits_double(server, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(ts, "BACKOFF", 1.0)
+    monkeypatch.setattr(ts.time, "sleep", waits.append)
+    server.faults = [503] * 9
+    refuses("503", ts.fetch, server.url, str(tmp_path / "f"))
+    assert waits == [1, 2, 4, 8]
+
+
+def test_a_prompt_ends_before_the_next_story(tmp_path):
+    """Also of short stories; and stories are drawn as often as their place in all shards says."""
+    folder = Path(made(tmp_path / "t", (9, 40, 4000)))
+    for name, size in (("data01.bin", 40), ("data02.bin", 4000)):
+        ids = np.arange(size, dtype="<u2") % 7 + 10 + 100 * (size > 40)
+        ids[::4] = 1  # BOS, then three tokens
+        (folder / name).write_bytes(ids.tobytes())
+    meta = json.loads((folder / "meta.json").read_text())
+    for shard in meta["shards"]:
+        shard["crc32"] = f"{zlib.crc32((folder / shard['name']).read_bytes()):08x}"
+    (folder / "meta.json").write_text(json.dumps(meta))
+    prompts = ts.StoryStarts(str(folder), "train").sample(np.random.default_rng(0), 1000, 12)
+    assert all(p[0] == 1 and 1 not in p[1:] and len(p) <= 4 for p in prompts)
+    assert sum(len(p) > 1 and p[1] < 100 for p in prompts) < 40  # one in a hundred is of the small shard

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import platform
 import signal
 import struct
 import subprocess
@@ -184,3 +185,35 @@ def test_an_old_encoding_of_stdout_is_no_error(monkeypatch):
     tk.CommandLine(prog="x").parse_args([])
     print("caf\xe9 \u2192 \ufffd", flush=True)
     assert out.buffer.getvalue() == b"caf\xe9 ? ?" + os.linesep.encode()
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen, real = [], {name: getattr(os, name) for name in ("fsync", "replace")}
+
+    def fsync(fd):
+        seen.append(("fsync", os.fstat(fd).st_size))
+        real["fsync"](fd)
+
+    def replace(a, b):
+        seen.append(("replace", b))
+        real["replace"](a, b)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with tk.atomic_write(str(tmp_path / "f"), "w") as f:
+        f.write("x" * 100)  # less than a buffer
+    assert seen == [("fsync", 100), ("replace", str(tmp_path / "f"))]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    path = tmp_path / "f"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        theirs = Path(f"{path}.{platform.node()}-{other.pid}.tmp")
+        theirs.write_text("half")
+        with tk.atomic_write(str(path)) as f:
+            f.write(b"whole")
+        assert theirs.read_text() == "half"
+        other.communicate(b"\n")
+    with tk.atomic_write(str(path)) as f:
+        f.write(b"again")
+    assert os.listdir(tmp_path) == ["f"]

@@ -1,6 +1,7 @@
 """train.py: whole runs on a small data folder, compared with brute force and with each other."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +23,8 @@ from conftest import HANDLED, ROOT, VOCAB, needs_cuda, same, shared_data
 
 import tinystories
 import train
-from export import read_bin
-from model import load_checkpoint, model_from_checkpoint
+from export import read_bin, read_header
+from model import ModelArgs, Transformer, load_checkpoint, model_from_checkpoint
 from train import Runtime, TrainConfig, get_lr, parse_cli
 
 TINY = [
@@ -883,3 +885,258 @@ def test_on_cuda_it_learns_as_on_the_cpu(fit, tmp_path, flags, close):
     for a, b in zip(here, there, strict=True):
         for name in a.keys() & b.keys() & {"loss/train", "loss/val"}:  # float16 may skip a step
             assert b[name] == pytest.approx(a[name], abs=close), (a["iter"], name)
+
+
+SMALL = {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 50, "max_seq_len": 16}
+ONE_PROCESS = Runtime("cpu", torch.float32, False)
+
+
+def small(**more) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelArgs(**SMALL | more))
+
+
+def one_step(net, cfg, iter_num=0):
+    scaler, optimizer = torch.amp.GradScaler("cpu", enabled=False), train.make_optimizer(net, cfg, "cpu")
+    batches = Fixed(random_batches(cfg.gradient_accumulation_steps))
+    return train.train_step(net, optimizer, scaler, batches, cfg, ONE_PROCESS, iter_num)
+
+
+def test_dropout_depends_on_the_seed_and_the_iteration():
+    losses = {}
+    for seed, i in ((1, 0), (1, 0), (2, 0), (1, 1)):
+        loss, _ = one_step(small(dropout=0.5), TrainConfig(gradient_accumulation_steps=1, seed=seed), i)
+        losses.setdefault((seed, i), set()).add(loss)
+    assert [len(x) for x in losses.values()] == [1, 1, 1] and len(set.union(*losses.values())) == 3
+
+
+def test_the_seed_decides_first_weights_and_order_of_data(fit, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fit(name, "--max_iters=0", f"--seed={seed}")
+    a, b, c = (state(tmp_path / x)["model"] for x in "abc")
+    assert same(a, b) and not same(a, c)
+    for name, seed in (("d", 1), ("e", 2)):
+        fit(name, f"--init_from={tmp_path / 'a' / 'ckpt.pt'}", "--max_iters=1", f"--seed={seed}")
+    d, e = ([m["loss/train"] for m in metrics(tmp_path / x) if "loss/train" in m] for x in "de")
+    assert d != e
+
+
+def test_a_gradient_that_is_not_finite_beside_a_loss_that_is():
+    class Kink(Transformer):
+        def forward(self, tokens, targets=None):
+            logits, loss = super().forward(tokens, targets)
+            return logits, loss + (self.norm.weight * 0).sqrt().sum()  # 0, and its slope is not finite
+
+    torch.manual_seed(0)
+    net = Kink(ModelArgs(**SMALL))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    loss, norm = one_step(net, TrainConfig(gradient_accumulation_steps=1))
+    assert math.isfinite(loss) and not math.isfinite(norm) and same(dict(net.state_dict()), before)
+
+
+def test_no_clipping():
+    net = small()
+    before = net.norm.weight.detach().clone()
+    _, norm = one_step(net, TrainConfig(gradient_accumulation_steps=1, grad_clip=0.0, learning_rate=0.01))
+    assert norm > 0 and (net.norm.weight - before).abs().max() > 0.005
+
+
+@pytest.mark.parametrize(
+    "number, then", [(signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)]
+)
+def test_the_first_signal_is_a_wish_and_the_second_an_order(number, then):
+    handlers = {n: signal.getsignal(n) for n in HANDLED}
+    try:
+        interrupt = train.Interrupt()
+        os.kill(os.getpid(), number)
+        assert interrupt.asked and signal.getsignal(number) == then
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+
+
+def test_the_mean_training_loss_goes_on(fit, tmp_path, monkeypatch):
+    flags, log = ["--eval_interval=8", "--max_iters=8"], train.Metrics.log
+
+    def full(self, iter_num, values):
+        if iter_num == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        log(self, iter_num, values)
+
+    monkeypatch.setattr(train.Metrics, "log", full)
+    with pytest.raises(SystemExit):
+        fit("cut", *flags)
+    monkeypatch.undo()
+    told = [
+        re.search(r"step 8: .*", fit(name, *flags, *more))[0]
+        for name, more in (("cut", ["--init_from=resume"]), ("whole", []))
+    ]
+    assert "train loss" in told[0] and told[0] == told[1]
+
+
+def test_where_fine_tuning_begins_is_no_rival(fit, tmp_path, monkeypatch):
+    losses = iter([1.0, 5.0, 3.0, 4.0])
+    monkeypatch.setattr(
+        train,
+        "evaluate",
+        lambda *args: {"loss/val": next(losses), "perplexity/val": 1.0, "bits_per_byte/val": 1.0},
+    )
+    fit("best", "--max_iters=12")
+    assert saved(tmp_path / "best") == {"ckpt": 8, "last": 12}
+    assert load_checkpoint(tmp_path / "best" / "last.pt")["best_val_loss"] == 3.0
+
+
+def test_ruined_weights_are_not_saved(fit, tmp_path, monkeypatch):
+    real = train.Transformer.forward
+
+    def forward(self, tokens, targets=None):
+        logits, loss = real(self, tokens, targets)
+        if self.training and targets is not None:
+            self.norm.weight.data.fill_(100.0)  # as a step of a finite, huge gradient might
+            loss = loss * math.nan
+        return logits, loss
+
+    monkeypatch.setattr(train.Transformer, "forward", forward)
+    with pytest.raises(SystemExit, match="is no good and was not saved"):
+        fit("bad", "--max_iters=20", "--max_skipped=2")
+    assert not (tmp_path / "bad" / "last.pt").exists()
+
+
+def test_wandb_and_tensorboard_get_what_is_logged(fit, tmp_path, monkeypatch):
+    seen, scalars = [], []
+    wandb, board = types.ModuleType("wandb"), types.ModuleType("torch.utils.tensorboard")
+
+    def init(**how):
+        seen.append(how)
+        return SimpleNamespace(log=lambda values, step: seen.append((step, values)))
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "out" / "tensorboard")
+
+        def add_scalar(self, *what):
+            scalars.append(what)
+
+    wandb.init, board.SummaryWriter = init, Writer
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(
+        train.importlib.util, "find_spec", lambda name: name if name in ("wandb", "tensorboard") else None
+    )
+    fit("out", "--max_iters=4", "--wandb_log", "--tensorboard_log", "--wandb_project=p", "--wandb_run_name=r")
+    (how, *logged), lines = (
+        seen,
+        [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()],
+    )
+    assert (how["project"], how["name"], how["config"]["max_iters"]) == ("p", "r", 4)
+    assert [{"iter": step} | values for step, values in logged] == lines
+    assert scalars == [(k, v, line["iter"]) for line in lines for k, v in line.items() if k != "iter"]
+
+
+def test_threads_are_for_models_without_dropout():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for dropout, threads in ((0.0, 2), (0.1, 1)):
+            runtime = Runtime("cpu", torch.float32, False)
+            runtime.start_threads(small(dropout=dropout))
+            assert runtime.threads == threads and bool(runtime.pool) == (threads > 1)
+            if runtime.pool:
+                runtime.pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape, version", [({}, 0), ({"rope_theta": 500.0}, 1), ({"norm_eps": 1e-6}, 1)])
+def test_model_bin_is_of_the_oldest_layout_that_can_tell_all(shape, version, tmp_path):
+    net, path = small(**shape), str(tmp_path / "model.bin")
+    train.write_model(path, net.args, net.state_dict())
+    with open(path, "rb") as f:
+        assert read_header(f, path)[0] == version
+
+
+def test_evaluation_is_without_dropout():
+    net = small(dropout=0.5).train()
+    batches = random_batches(2)
+    scores = train.evaluate(net, Fixed(batches), ONE_PROCESS)
+    assert net.training
+    losses = [net.eval()(x, y)[1].item() for x, y in batches]
+    assert scores["loss/val"] == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+def test_the_share_of_the_peak(monkeypatch):
+    gpu = Runtime("cuda:0", torch.bfloat16, True, world_size=4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert train.peak_flops(gpu) == 4 * 989e12 and train.peak_flops(ONE_PROCESS) == 0
+
+
+def test_stories_are_always_of_the_same_numbers(capsys, monkeypatch):
+    net, run = small(), SimpleNamespace(cfg=TrainConfig(seed=5))
+    run.raw_model = net
+    tokenizer = SimpleNamespace(bos_id=1, decode=lambda ids: " ".join(map(str, ids)))
+    told = []
+    for run.cfg in (TrainConfig(seed=5), TrainConfig(seed=5), TrainConfig(seed=6)):
+        train.tell_story(run, tokenizer)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != told[2]
+
+
+def test_resume_takes_this_machines_device(fit, tmp_path, monkeypatch):
+    fit("out", "--max_iters=2")
+    path = tmp_path / "out" / "last.pt"
+    checkpoint = load_checkpoint(path)
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"device": "cuda:7"}}, path)
+    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'out'}", "--max_iters=3"])  # device=auto
+    assert state(tmp_path / "out")["iter_num"] == 3
+
+
+def test_speed_is_of_all_iterations_since(fit, tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
+    fit("out", "--max_iters=8", "--log_interval=4", "--eval_interval=100")
+    first, second = [
+        json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines() if "tok/s" in x
+    ]
+    assert second["tok/s"] == 4 * 2 * 8 * 64  # 4 iterations a tick
+
+
+def test_the_rate_that_is_logged_is_that_of_the_step(fit, tmp_path):
+    fit("out", "--max_iters=4")
+    cfg = TrainConfig(learning_rate=1e-2, warmup_iters=3, max_iters=4)
+    assert [m["lr"] for m in metrics(tmp_path / "out") if "lr" in m] == [
+        train.get_lr(cfg, i) for i in range(4)
+    ]
+
+
+def test_fine_tuning_may_shorten_the_context(fit, tmp_path):
+    fit("base", "--max_iters=2")
+    fit("tuned", f"--init_from={tmp_path / 'base' / 'ckpt.pt'}", "--max_iters=1", "--max_seq_len=32")
+    assert load_checkpoint(tmp_path / "tuned" / "last.pt")["model_args"]["max_seq_len"] == 32
+
+
+def test_fine_tuning_takes_no_settings_over(fit, tmp_path, data_dir):
+    fit("base", "--max_iters=2", "--learning_rate=3e-2", "--weight_decay=0.7")
+    flags = [x for x in TINY if "learning_rate" not in x]
+    train.main(
+        [
+            *flags,
+            f"--data_dir={data_dir}",
+            f"--out_dir={tmp_path / 'tuned'}",
+            f"--init_from={tmp_path / 'base' / 'ckpt.pt'}",
+            "--max_iters=1",
+        ]
+    )
+    config = load_checkpoint(tmp_path / "tuned" / "last.pt")["config"]
+    assert (config["learning_rate"], config["weight_decay"], config["max_iters"]) == (5e-4, 0.1, 1)
+
+
+def test_the_best_loss_goes_on(fit, tmp_path, monkeypatch):
+    losses = iter([9.0, 3.0, 5.0, 4.0])
+    monkeypatch.setattr(
+        train,
+        "evaluate",
+        lambda *args: {"loss/val": next(losses), "perplexity/val": 1.0, "bits_per_byte/val": 1.0},
+    )
+    fit("out", "--max_iters=8")
+    fit("out", "--max_iters=12", "--init_from=resume")
+    assert saved(tmp_path / "out") == {"ckpt": 4, "last": 12}
