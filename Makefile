@@ -34,29 +34,28 @@ $(VENV)/tests-installed: $(VENV)/installed tests/requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
-demo demo/%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells its own, short ones, in demo/ (5 minutes)
-	python train.py --data_dir=demo --out_dir=demo/out --init_from=auto --vocab_source=custom --vocab_size=512 \
+	$(PY) train.py --data_dir=demo --out_dir=demo/out --init_from=auto --vocab_source=custom --vocab_size=512 \
 	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=8 \
 	  --gradient_accumulation_steps=1 --learning_rate=8e-3 --beta2=0.99 --weight_decay=0.01 --warmup_iters=100 \
 	  --max_iters=1400 --eval_interval=350 --eval_iters=20
-	python tokenizer.py --tokenizer-model=demo/tok512.model
+	$(PY) tokenizer.py --tokenizer-model=demo/tok512.model
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
-	python train.py --data_dir=demo --out_dir=demo/out --init_from=resume --ppo --target_len=100 --max_gen_len=220 \
+	$(PY) train.py --data_dir=demo --out_dir=demo/out --init_from=resume --ppo --target_len=100 --max_gen_len=220 \
 	  --init_kl_coef=0.02 --exact_end --others=0 --learning_rate=1e-3 --adam_eps=1e-5 --target_kl=0.01 --ppo_iters=16 \
 	  --rollout_size=100 --eval_interval=16 --eval_samples=1
 	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/ppo_model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 
 demo/TinyStories_all_data/data00.json: | $(VENV)/installed
-	python tinystories.py synth --data_dir=demo
+	$(PY) tinystories.py synth --data_dir=demo
 
 demo/tok512.model: demo/TinyStories_all_data/data00.json
-	python tinystories.py train_vocab --vocab_size=512 --data_dir=demo
+	$(PY) tinystories.py train_vocab --vocab_size=512 --data_dir=demo
 
 demo/tok512/meta.json: demo/tok512.model
-	python tinystories.py pretokenize --vocab_size=512 --data_dir=demo
+	$(PY) tinystories.py pretokenize --vocab_size=512 --data_dir=demo
 
 test: lint run  ## the whole test suite; needs no network but for installing packages
 	$(PY) -m pytest -q -n auto --maxprocesses=8 --dist worksteal tests

@@ -183,10 +183,8 @@ def unpack4(packed: np.ndarray, rows: int, cols: int) -> np.ndarray:
 
 
 def fit_group_size(args: ModelArgs, group_size: int) -> int:
-    """Halve the group size until no group runs over the end of a row, which no reader could undo."""
-    while args.dim % group_size or args.hidden_dim % group_size:
-        group_size //= 2
-    return group_size
+    """The largest part of a group size with which no group runs over the end of a row."""
+    return math.gcd(group_size, args.dim, args.hidden_dim)
 
 
 # ----------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def fetch(url: str, path: str, sha256: str | None = None, flag: str = "--url") -
                 wait = BACKOFF * 2 ** (failures - 1)
                 tqdm.write(f"{e}; trying again in {wait:.3g} s", file=sys.stderr)
                 time.sleep(wait)
-    with open(part, "rb") as f:
+    with open(part, "r+b") as f:  # Windows flushes only what is open for writing
         os.fsync(f.fileno())
         found = hashlib.file_digest(f, "sha256").hexdigest() if sha256 else None
     if found != sha256:
@@ -198,7 +198,9 @@ def fetch_rest(url: str, part: str, bar: tqdm, flag: str) -> None:
                         raise SystemExit(f"{url} sends more and more, {have:,} bytes by now, and would fill "
                                          f"the disk; delete {part}, and check {flag}=URL")
     except (requests.Timeout, requests.ConnectionError, HTTPError) as e:  # urllib3's, while the body is read
-        raise TryAgain(f"the connection failed after {have:,} bytes ({type(e).__name__})") from None
+        # of a certificate that is not trusted, or an address that does not exist, the reason lies inside
+        why = getattr(e.args[0] if e.args else None, "reason", None) or type(e).__name__
+        raise TryAgain(f"the connection failed after {have:,} bytes ({why})") from None
     except (requests.RequestException, ValueError) as e:  # ValueError: an address that is none
         why = " ".join(str(e).split())[:300]
         raise SystemExit(f"cannot download {url}: {why}; check {flag}=URL") from None
@@ -364,7 +366,6 @@ def shard_number(path: str) -> int:
 def shard_files(data_dir: str) -> list[str]:
     """Paths of the text shards by number: the first is data00, for validation; at least one more follows."""
     folder = stories_dir(data_dir)
-    restore(folder)
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = sorted((name for name in names if shard_number(name) >= 0), key=shard_number)
     if len(names) < 2 or shard_number(names[0]) != 0:
@@ -400,9 +401,13 @@ def replace_folder(new: str, folder: str) -> None:
 
 
 def restore(folder: str) -> None:
-    """Bring back what a run that was killed inside replace_folder left under another name."""
+    """Bring back what a run that was killed inside replace_folder left under another name.
+
+    Only for who holds the lock: else it may be one that is inside it.
+    """
     if not os.path.isdir(folder) and os.path.isdir(folder + ".old"):
-        os.rename(folder + ".old", folder)
+        with suppress(FileNotFoundError):  # another, with which the lock is shared, was faster
+            os.rename(folder + ".old", folder)
 
 
 def read_text(path: str, progress: Callable[[int], object]) -> Iterator[str]:
@@ -414,16 +419,26 @@ def read_text(path: str, progress: Callable[[int], object]) -> Iterator[str]:
                 text = f.read(CHUNK)
             except UnicodeDecodeError as e:  # of e.object, the bytes up to where the file was read
                 at = f.buffer.tell() - len(e.object) + e.start
-                with open(path, "rb") as start:  # utf-16: what Windows calls Unicode
-                    marks = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", b"\x1f\x8b": ""}
-                    encoding, name = marks.get(start.read(2), "latin1"), shlex.quote(path)
-                convert = f"iconv -f {encoding} -t utf-8 {name}" if encoding else f"gzip -dc {name}"
-                raise SystemExit(f"{path} is not UTF-8: byte {at} is 0x{e.object[e.start]:02x}; convert it "
-                                 f"first: {convert}") from None
+                raise SystemExit(f"{path} is not UTF-8: byte {at} is 0x{e.object[e.start]:02x}; "
+                                 + how_to_convert(path)) from None
             progress(f.buffer.tell() - before)
             if not text:
                 return
             yield text
+
+
+def how_to_convert(path: str) -> str:
+    """What to do with a file that is not UTF-8."""
+    name = shlex.quote(path)
+    with open(path, "rb") as f:
+        start = f.read(1024)
+    if start.startswith(b"\x1f\x8b"):
+        return f"unpack it first: gzip -dc {name}"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # what Windows calls Unicode
+        return f"convert it first: iconv -f utf-16 -t utf-8 {name}"
+    if b"\0" in start or start.startswith((b"%PDF", b"PK")):
+        return "it is no text; save it as plain text in UTF-8 first"
+    return f"convert it first: iconv -f latin1 -t utf-8 {name}"
 
 
 def read_pieces(path: str, separator: str, progress: Callable[[int], object]) -> Iterator[str]:
@@ -466,7 +481,7 @@ def read_json_list(path: str, progress: Callable[[int], object]) -> Iterator:
         raise SystemExit(f"{path}, line {here}, item {item}: {what}; repair the file, or make it again")
 
     if peek() != "[":
-        fail("not a JSON list")
+        fail("not a JSON list (name a file with an object in each line .jsonl)")
     at += 1
     mark = peek()
     at += mark == "]"
@@ -504,6 +519,8 @@ def text_of(item: object, field: str | None, where: str) -> str:
     for name in names:
         if isinstance(item, dict) and isinstance(item.get(name), str):
             return item[name]
+    if isinstance(item, list):
+        raise SystemExit(f"{where}: a list, {reprlib.repr(item)}; name a file that is one list .json")
     raise SystemExit(f"{where}: no text under {' or '.join(names)} in {reprlib.repr(item)}; "
                      "name the field: --field=NAME")
 
@@ -968,8 +985,10 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise SystemExit(f"--vocab_size={vocab_size} is not between {MIN_VOCAB} (bytes and special ids) and "
                          f"{MAX_VOCAB} (16 bits per token); run: {command('train_vocab', data_dir, 4096)}")
-    shard_files(data_dir)  # are there any? else no folder should come of it
+    if not os.path.isdir(data_dir):  # none should come of it
+        shard_files(data_dir)
     with claimed(data_dir, f"tok{vocab_size}", shared=("stories",)):
+        restore(stories_dir(data_dir))
         proto, shards = make_vocab(data_dir, vocab_size, num_shards)
         model = tokenizer_path(data_dir, vocab_size)
         with atomic_write(model) as f:
@@ -981,7 +1000,7 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
 def make_vocab(data_dir: str, vocab_size: int, num_shards: int) -> tuple[bytes, int]:
     """A sentencepiece model, and the number of shards that it was made from."""
     shards = shard_files(data_dir)[1:1 + num_shards]
-    failure: list[SystemExit] = []
+    failure: list[BaseException] = []
 
     def lines() -> Iterator[str]:
         try:
@@ -989,11 +1008,12 @@ def make_vocab(data_dir: str, vocab_size: int, num_shards: int) -> tuple[bytes, 
                 for shard in shards:
                     for story in read_stories(shard, bar.update):
                         yield from (whole(line) for line in story.strip().split("\n") if line)
-        except SystemExit as e:  # sentencepiece would wrap it in a RuntimeError of several lines
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows would not notice Ctrl-C for minutes
+        except BaseException as e:  # sentencepiece would wrap it in a RuntimeError of several lines
             failure.append(e)
             raise
 
-    proto = io.BytesIO()
+    proto, handler = io.BytesIO(), signal.getsignal(signal.SIGINT)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines(), model_writer=proto, model_type="bpe", vocab_size=vocab_size,
@@ -1001,12 +1021,14 @@ def make_vocab(data_dir: str, vocab_size: int, num_shards: int) -> tuple[bytes, 
             byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True, character_coverage=1.0,
             normalization_rule_name="identity", unk_surface=r" \342\201\207 ",
             input_format="text",
-            remove_extra_whitespaces=False,  # older versions implied it; run.c does not merge spaces either
+            remove_extra_whitespaces=False,  # run.c does not merge spaces either
             max_sentence_length=1 << 30,  # the default drops lines over 4,192 bytes in silence
             num_threads=16,  # the options go into the file, which must not depend on this machine's cores
             minloglevel=2)
     except RuntimeError as e:
         raise failure[0] if failure else vocab_error(str(e), data_dir, vocab_size) from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return proto.getvalue(), len(shards)
 
 
@@ -1040,13 +1062,14 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
     folder, (part, parts) = token_dir(data_dir, vocab_size), shard or (1, 1)
     name = os.path.basename(folder)
     locks = (f"{name}-{part}-of-{parts}",) if shard else (name,)
-    shard_files(data_dir)  # are there any?
     with claimed(data_dir, *locks, shared=("stories", name) if shard else ("stories",)):
+        restore(stories_dir(data_dir))
         sources = shard_files(data_dir)
-        if gaps := sorted(set(range(shard_number(sources[-1]))) - set(map(shard_number, sources))):
-            print(f"note: there is no {os.path.basename(shard_path('', gaps[0]))}"
-                  + f" (and {len(gaps) - 1} more)" * (len(gaps) > 1) + ": its stories are left out",
-                  file=sys.stderr)
+        numbers = list(map(shard_number, sources))
+        if gaps := numbers[-1] + 1 - len(numbers):
+            first = next(i for i, number in enumerate(numbers) if i < number)
+            print(f"note: there is no {os.path.basename(shard_path('', first))}"
+                  + f" (and {gaps - 1} more)" * (gaps > 1) + ": its stories are left out", file=sys.stderr)
         mine = sources[part - 1::parts]
         notes = TokenNotes(folder, tokenizer)
         before = {} if force else {source: entry for source, entry in notes.read(mine).items()
@@ -1067,7 +1090,7 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
     print(f"{folder}: {stories:,} stories, {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes each"
           + f" ({len(mine) - len(todo)} of {len(mine)} shards were up to date)" * (todo != mine))
     flags = f"--vocab_source=custom --vocab_size={vocab_size}" if vocab_size else "--vocab_source=llama2"
-    print(f"next: python train.py {flags}" + f" --data_dir={data_dir}" * (data_dir != "data"))
+    print(f"next: python train.py {flags}" + f" --data_dir={shlex.quote(data_dir)}" * (data_dir != "data"))
 
 
 class TokenNotes:
@@ -1142,7 +1165,8 @@ def tokenize_shards(sources: list[str], folder: str, model: str,
                     num_workers: int) -> Iterator[tuple[str, dict]]:
     """(source, its entry for meta.json) as each is done, by processes. The first failure stops them all."""
     sources = sorted(sources, key=os.path.getsize, reverse=True)  # the largest first: no long tail at the end
-    with ProcessPoolExecutor(min(num_workers, len(sources) or 1), initializer=start_worker) as pool:
+    workers = min(num_workers, len(sources) or 1, 61)  # Windows has no more
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         futures = {pool.submit(tokenize_shard, source, folder, model): source for source in sources}
         try:
             with progress_bar("tokenizing", sum(map(os.path.getsize, sources))) as bar:
@@ -1407,10 +1431,9 @@ class TokenBatches:
                 raise SystemExit(f"this run was trained on other data than {self.dir} gives now ({key} was "
                                  f"{state[key]}, is {getattr(self, key)}); put it back, or start anew from "
                                  "its weights: python train.py --init_from=CKPT")
-        self.seed, self._epoch, self._start = state["seed"], state.get("epoch", 0), state["windows"]
+        self.seed, self._epoch, self._start = state["seed"], state["epoch"], state["windows"]
         self._batch, self._orders = 0, {}
-        lanes = state.get("lanes", 1)  # without: of before there were lanes, in another order
-        if "lanes" not in state or lanes != self.lanes:
+        if (lanes := state["lanes"]) != self.lanes:
             shortest = min(end - start for start, end in (self._region(i, lanes) for i in range(lanes)))
             self._epoch += -(-self._start // -(-shortest // self.max_seq_len))
             self._start = 0

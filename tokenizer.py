@@ -100,11 +100,13 @@ def lock(folder: str, name: str = ".lock", other: str = "another folder", shared
 
 
 def _alive(pid: str) -> bool:
-    if os.name == "nt":  # there, signal 0 is Ctrl-C
+    if os.name == "nt":  # Windows takes signal 0 for Ctrl-C
+        return True
+    if not pid.isdecimal():  # of a host whose name begins with this one's and a hyphen
         return True
     try:
         os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+    except ProcessLookupError:
         return False
     except PermissionError:
         pass  # it lives, under another user

@@ -209,11 +209,13 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
     path = tmp_path / "f"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         theirs = Path(f"{path}.{platform.node()}-{other.pid}.tmp")
-        theirs.write_text("half")
+        other_host = Path(f"{path}.{platform.node()}-2-{other.pid}.tmp")  # its name begins like this one's
+        for temporary in (theirs, other_host):
+            temporary.write_text("half")
         with tk.atomic_write(str(path)) as f:
             f.write(b"whole")
-        assert theirs.read_text() == "half"
+        assert theirs.read_text() == other_host.read_text() == "half"
         other.communicate(b"\n")
     with tk.atomic_write(str(path)) as f:
         f.write(b"again")
-    assert os.listdir(tmp_path) == ["f"]
+    assert sorted(os.listdir(tmp_path)) == ["f", other_host.name]
