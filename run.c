@@ -2465,16 +2465,16 @@ static long tell_stories(Session *s, Story *stories, int count, const Prompt *pr
     long tokens = 0;
     int n = 0, begun = 0;
     for (int shown = 0; shown < count;) {
-        while (n < most && begun < count) {
-            if (begun > 0) begin_story(s, &stories[begun], prompt, false, seed + (uint64_t)begun);
-            active[n++] = &stories[begun++];
-        }
         int left = 0;
         for (int i = 0; i < n; i++) {
             if (active[i]->done) free_memory(&active[i]->memory);
             else active[left++] = active[i];
         }
-        n = left;
+        for (n = left; n < most && begun < count; begun++) {
+            if (begun > 0) begin_story(s, &stories[begun], prompt, false, seed + (uint64_t)begun);
+            if (stories[begun].done) free_memory(&stories[begun].memory);
+            else active[n++] = &stories[begun];
+        }
         for (; shown < begun; shown++) {
             print_text(s, &stories[shown].text);
             if (!stories[shown].done) break;
