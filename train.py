@@ -934,6 +934,8 @@ class Interrupt:
 
     def ask(self, number: int, frame) -> None:
         self.asked = True
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # print is not for signal handlers
+            os.write(2, b"\nfinishing what is begun, then saving; Ctrl-C again stops at once, without\n")
         # the second one ends the run at once; but a closing terminal sends SIGHUP twice
         again = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
         signal.signal(number, again.get(number, signal.SIG_IGN))
