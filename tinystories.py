@@ -519,8 +519,6 @@ def text_of(item: object, field: str | None, where: str) -> str:
     for name in names:
         if isinstance(item, dict) and isinstance(item.get(name), str):
             return item[name]
-    if isinstance(item, list):
-        raise SystemExit(f"{where}: a list, {reprlib.repr(item)}; name a file that is one list .json")
     raise SystemExit(f"{where}: no text under {' or '.join(names)} in {reprlib.repr(item)}; "
                      "name the field: --field=NAME")
 
@@ -539,6 +537,9 @@ def read_stories(path: str, progress: Callable[[int], object], separator: str = 
                     item = json.loads(line)
                 except (ValueError, RecursionError) as e:
                     raise SystemExit(f"{path}, line {i}: {e}; each line must be a JSON object") from None
+                if isinstance(item, list):
+                    raise SystemExit(f"{path}, line {i}: a list, {reprlib.repr(item)}; name a file "
+                                     "that is one list .json")
                 yield text_of(item, field, f"{path}, line {i}")
     else:
         yield from read_pieces(path, separator, progress)
@@ -1001,6 +1002,7 @@ def make_vocab(data_dir: str, vocab_size: int, num_shards: int) -> tuple[bytes, 
     """A sentencepiece model, and the number of shards that it was made from."""
     shards = shard_files(data_dir)[1:1 + num_shards]
     failure: list[BaseException] = []
+    handler = signal.getsignal(signal.SIGINT)
 
     def lines() -> Iterator[str]:
         try:
@@ -1008,12 +1010,13 @@ def make_vocab(data_dir: str, vocab_size: int, num_shards: int) -> tuple[bytes, 
                 for shard in shards:
                     for story in read_stories(shard, bar.update):
                         yield from (whole(line) for line in story.strip().split("\n") if line)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what follows would not notice Ctrl-C for minutes
+            if handler != signal.SIG_IGN:  # what follows would not notice Ctrl-C for minutes
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
         except BaseException as e:  # sentencepiece would wrap it in a RuntimeError of several lines
             failure.append(e)
             raise
 
-    proto, handler = io.BytesIO(), signal.getsignal(signal.SIGINT)
+    proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines(), model_writer=proto, model_type="bpe", vocab_size=vocab_size,

@@ -1340,19 +1340,6 @@ def test_evaluation_tells_what_it_says(evaluated):
     assert again == told  # the same random numbers
 
 
-def test_a_state_with_replays_of_before():
-    """It had a mask, where now is the share of stories that a choice is made for."""
-    run, other = make_run(), make_run()
-    run.iteration()
-    state = run.state()
-    for kept in state["replay"]:
-        assert set(kept["on"].unique().tolist()) == {0.0, 1.0}
-        kept["mask"] = kept.pop("on") > 0
-    other.resume(state, "ppo_ckpt.pt")
-    assert len(other.replay) == 1 and same(other.state()["replay"], run.state()["replay"])
-    assert other.iteration()["ppo/steps"] > 0
-
-
 def test_of_paths_their_stories_are_described():
     """As the policy tells them: nothing of what a path has past the end of its story."""
     run = make_run(exact_end=True)
