@@ -18,7 +18,6 @@
 #ifndef ISA
 #define _GNU_SOURCE  // sched_getaffinity
 #define _FILE_OFFSET_BITS 64   // files above 2 GB on 32-bit systems
-#define _CRT_SECURE_NO_WARNINGS
 #define __USE_MINGW_ANSI_STDIO 1  // C's printf, not that of Windows
 
 #include <ctype.h>
@@ -60,11 +59,16 @@
     #pragma STDC FP_CONTRACT OFF  // as -ffp-contract=off: a*b+c rounds alike on every machine
 #endif
 
+#ifndef CONTAINER
+    #define CONTAINER "/sys/fs/cgroup/"  // where Linux shows a container its limits
+#endif
+
 enum { UNK = 0, BOS = 1, EOS = 2 };   // the ids of Llama's special tokens
 enum { LANES = 16 };                  // floats in a vector, and rows of a matrix in a band
 enum { BAND = 64 };                   // bytes of a vector: for each row of a band a float, or 4 int8
 enum { GROUP4 = 32 };                 // 4-bit values that share a scale
 enum { SMALL_MODEL = 32 << 20 };      // bytes of a file that a cache may hold: there reading is not what takes time
+enum { LARGE_CACHE = 128 << 20 };     // bytes of keys and values that one text had better not take all at once
 enum { MANY = 64 };                   // rows of input from which on fp32 weights are worth reordering
 
 // ---------------------------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ typedef struct {
     int kv_dim;              // n_kv_heads * head_size
     int bits;                // of a weight: 32 (fp32), 8 or 4
     int group_size;          // int8 or 4-bit values that share a scale; 0 for fp32
-    size_t kv_bytes;         // of a number in Memory: 4 (fp32), or 2 (half floats) beside weights that are rounded
+    size_t kv_bytes;         // of a number in a KVCache: 4 (fp32), or 2 (half floats) beside weights that are rounded
     bool shared_classifier;  // the classifier is the embedding table
     float rope_theta;
     float norm_eps;
@@ -124,15 +128,16 @@ typedef struct {          // the input of a matmul
     size_t width, groups, units;
 } Activation;
 
-typedef struct {            // what attention remembers of one text, in which room grows with it
+typedef struct {            // the keys and values of one text
     unsigned char *keys;    // (n_layers, n_kv_heads, room / LANES, head_size, LANES) of kv_bytes each: neighbouring
     unsigned char *values;  // positions lie together; the same
-    int room;               // positions, a multiple of LANES
-} Memory;
+    size_t room;            // positions, a multiple of LANES
+    void *block;            // in which both lie
+} KVCache;
 
 typedef struct {      // a token to feed: all positions of its text before pos were fed, or come before it here
     int token, pos;
-    Memory *memory;
+    KVCache *cache;
 } Row;
 
 typedef struct {
@@ -151,8 +156,8 @@ typedef struct {
     float *logits;       // (logit_rows, vocab_width)
     int logit_rows;
     size_t vocab_width;  // vocab_size rounded up to LANES
-    float *rope;         // (room, head_size / 2, 2) cosine and sine
-    int room;            // positions, in rope and scores
+    float *rope;         // (rows, head_size / 2, 2) cosine and sine
+    size_t room;         // positions, in scores
 } RunState;
 
 typedef struct {      // a query head of a row, which sees all positions up to its own
@@ -171,7 +176,7 @@ typedef struct {      // one instruction set's; see there
     void (*matmul)(const Tensor *w, const Activation *x, int n, float *out, size_t ldo, int from, int to,
                    float *scratch);
     void (*swiglu)(float *gate, const float *up, int n);
-    void (*remember)(unsigned char *memory, size_t at, const float *v, int size, size_t kv_bytes);
+    void (*store_kv)(unsigned char *cache, size_t at, const float *v, int size, size_t kv_bytes);
     void (*attend)(int n, const Query *queries, const unsigned char *keys, const unsigned char *values,
                    size_t kv_bytes, size_t room, int size, float *scores);
     bool (*finite)(const float *x, int n);
@@ -204,12 +209,10 @@ static void say(const char *subject, const char *format, va_list args) {
     fprintf(stderr, "%s\n", line);
 }
 
-#if defined(__MINGW32__)
+#ifdef __MINGW32__
     #define PRINTF __attribute__((format(gnu_printf, 2, 3)))
-#elif defined(__GNUC__)
-    #define PRINTF __attribute__((format(printf, 2, 3)))
 #else
-    #define PRINTF
+    #define PRINTF __attribute__((format(printf, 2, 3)))
 #endif
 
 PRINTF static void warn(const char *subject, const char *format, ...) {
@@ -340,21 +343,14 @@ static Text read_text(const char *path) {
 static char *find_bytes(char *from, const char *to, const char *what) {
     const size_t n = strlen(what);
     for (; (size_t)(to - from) >= n; from++) {
-        from = memchr(from, *what, (size_t)(to - from) - n + 1);
-        if (!from) return NULL;
         if (!memcmp(from, what, n)) return from;
     }
     return NULL;
 }
 
-static void check_stdout(void) {
-    if (ferror(stdout)) die("stdout", "cannot write: %s", errno ? strerror(errno) : "write error");
-}
-
 static void flush_stdout(void) {
-    errno = 0;
-    if (fflush(stdout) != 0) die("stdout", "cannot write: %s", errno ? strerror(errno) : "write error");
-    check_stdout();
+    if (!ferror(stdout) && fflush(stdout) == 0) return;
+    die("stdout", "cannot write: %s", errno ? strerror(errno) : "write error");
 }
 
 static double now(void) {
@@ -396,7 +392,7 @@ typedef struct {             // whether all threads or one decode a model's toke
     double usual, tried;     // seconds that a token takes this way, and took the other way in a trial
     long tokens, trial;      // decoded so far; when to try the other way
     int pause;               // tokens from one trial to the next
-    double hopeless;         // a trial ends when a token takes so many times as long
+    double hopeless;         // a trial ends when a token but its first takes so many times as long
 } Pace;
 
 typedef struct {
@@ -407,20 +403,21 @@ typedef struct {
     atomic_int sleepers;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    pthread_t *threads;      // (n - 1,)
+    struct Worker *workers;  // (size,) but for the first, which is the caller
     void (*work)(void *context, int thread);  // NULL: go home
     void *context;
 } Pool;
 
-typedef struct {
+typedef struct Worker {
     Pool *pool;
     int thread;
+    pthread_t id;
 } Worker;
 
 static void relax(void) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
     __builtin_ia32_pause();
-#elif defined(__aarch64__) && defined(__GNUC__)
+#elif defined(__aarch64__)
     __asm__ __volatile__("yield");
 #endif
 }
@@ -456,15 +453,15 @@ static void meet(Pool *p) {
 }
 
 static void *worker(void *argument) {
-    Worker self = *(Worker *)argument;
-    free(argument);
-    pthread_mutex_lock(&self.pool->mutex);  // until start_pool knows how many there are
-    pthread_mutex_unlock(&self.pool->mutex);
+    const Worker *self = argument;
+    Pool *p = self->pool;
+    pthread_mutex_lock(&p->mutex);  // until start_pool knows how many there are
+    pthread_mutex_unlock(&p->mutex);
     for (;;) {
-        meet_all(self.pool);
-        if (!self.pool->work) return NULL;
-        self.pool->work(self.pool->context, self.thread);
-        meet_all(self.pool);
+        meet_all(p);
+        if (!p->work) return NULL;
+        p->work(p->context, self->thread);
+        meet_all(p);
     }
 }
 
@@ -480,19 +477,16 @@ static void run_all(Pool *p, void (*work)(void *, int), void *context) {
 // n threads, or, if fewer will do, as many as can be started.
 static void start_pool(Pool *p, int n, bool fewer_will_do) {
     *p = (Pool){.size = 1};
-    p->threads = allocate(n, 1, sizeof(pthread_t), "threads");
+    p->workers = allocate(n, 1, sizeof(Worker), "threads");
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     pthread_mutex_lock(&p->mutex);
     int error = 0;
     for (; p->size < n; p->size++) {
-        Worker *w = allocate(1, 1, sizeof *w, "threads");
-        *w = (Worker){p, p->size};
-        error = pthread_create(&p->threads[p->size - 1], NULL, worker, w);
-        if (error) {
-            free(w);
-            break;
-        }
+        Worker *w = &p->workers[p->size];
+        *w = (Worker){.pool = p, .thread = p->size};
+        error = pthread_create(&w->id, NULL, worker, w);
+        if (error) break;
     }
     p->n = p->size;
     pthread_mutex_unlock(&p->mutex);
@@ -502,10 +496,10 @@ static void start_pool(Pool *p, int n, bool fewer_will_do) {
 static void stop_pool(Pool *p) {
     p->work = NULL;
     if (p->size > 1) meet_all(p);
-    for (int i = 1; i < p->size; i++) pthread_join(p->threads[i - 1], NULL);
+    for (int i = 1; i < p->size; i++) pthread_join(p->workers[i].id, NULL);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->mutex);
-    free(p->threads);
+    free(p->workers);
 }
 
 static Pace start_pace(bool alone) {
@@ -548,6 +542,15 @@ static void share(int count, int block, int thread, int n, int *from, int *to) {
     if (*to > count) *to = count;
 }
 
+// A container's limit: the first number of a file, as a share of the second, if there is one. Infinite without.
+static double container_limit(const char *path) {
+    double limit, period = 1;
+    FILE *f = fopen(path, "r");
+    const int found = f ? fscanf(f, "%lf %lf", &limit, &period) : 0;
+    if (f) fclose(f);
+    return found > 0 && limit > 0 && period > 0 ? limit / period : HUGE_VAL;
+}
+
 // Cores that this process may use; hardware threads of one core count once.
 static int physical_cores(void) {
 #if defined(__linux__)
@@ -567,7 +570,8 @@ static int physical_cores(void) {
         if (!CPU_ISSET(first, &seen)) cores++;
         CPU_SET(first, &seen);
     }
-    return cores ? cores : 1;
+    const double limit = container_limit(CONTAINER "cpu.max");  // a part of a core is no core: all wait for it
+    return cores <= 1 || limit < 2 ? 1 : cores < limit ? cores : (int)limit;
 #elif defined(__APPLE__)
     int cores = 1;
     size_t size = sizeof cores;
@@ -589,24 +593,15 @@ static int physical_cores(void) {
 #define CONCAT_(a, b) a##_##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define V(name) CONCAT(name, ISA)  // V(load) is load_avx2, when ISA is avx2
-#if defined(__GNUC__)
-    #define PREFETCH(p) __builtin_prefetch(p)
-    #define PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)  // where the first cache has no room
-    #define NOINLINE __attribute__((noinline))
-#else
-    #define PREFETCH(p)
-    #define PREFETCH_L2(p)
-    #define NOINLINE
-#endif
+#define PREFETCH(p) __builtin_prefetch(p)
+#define PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)  // where the first cache has no room
+#define NOINLINE __attribute__((noinline))
 #ifdef SMALL  // compiles in a tenth of the time, runs slowly: for debugging
     #define INLINE static inline
     #define UNROLL
-#elif defined(__GNUC__)
+#else
     #define INLINE static inline __attribute__((always_inline))
     #define UNROLL _Pragma("GCC unroll 16")
-#else
-    #define INLINE static inline
-    #define UNROLL
 #endif
 
 #define LOWER_HALF 0x1.fffffep-2f  // the float before 0.5: adding it and truncating rounds half away from zero
@@ -670,7 +665,7 @@ INLINE F_plain float_plain(I_plain a) { F_plain r; EACH r.v[j] = (float)a.v[j]; 
 INLINE F_plain halves_plain(const unsigned char *p) { F_plain r; EACH r.v[j] = f16_at(p + 2 * j); return r; }
 INLINE void store_halves_plain(uint16_t *p, F_plain a) { EACH p[j] = f16_of(a.v[j]); }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 // AVX2 with FMA and half floats: Intel since 2013, AMD since 2015
@@ -844,7 +839,7 @@ AVX512 void store_halves_avx512(uint16_t *p, __m512 x) {
 }
 #endif  // x86-64
 
-#if defined(__aarch64__) && defined(__GNUC__)
+#if defined(__aarch64__)
 #include <arm_neon.h>
 
 #define TARGET_neon
@@ -949,7 +944,7 @@ INLINE void store_halves_neon(uint16_t *p, F_neon x) {
 #define TILE_TWO 1   // that two bands are;
 #define TILE_F32 1   // that four rows are
 #include "run.c"
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
     #define ISA avx2
     #define TILE 4
     #define TILE_TWO 2
@@ -960,7 +955,7 @@ INLINE void store_halves_neon(uint16_t *p, F_neon x) {
     #define TILE_TWO 8
     #define TILE_F32 4
     #include "run.c"
-#elif defined(__aarch64__) && defined(__GNUC__)
+#elif defined(__aarch64__)
     #define ISA neon
     #define TILE 2
     #define TILE_TWO 2
@@ -969,9 +964,9 @@ INLINE void store_halves_neon(uint16_t *p, F_neon x) {
 #endif
 
 static const Kernels *const all_kernels[] = {  // the fastest first
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
     &kernels_avx512, &kernels_avx2,
-#elif defined(__aarch64__) && defined(__GNUC__)
+#elif defined(__aarch64__)
     &kernels_neon,
 #endif
     &kernels_plain,
@@ -979,7 +974,7 @@ static const Kernels *const all_kernels[] = {  // the fastest first
 enum { N_KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
 static bool usable(const Kernels *k) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
     // whatever has AVX2 has half floats, for which not every compiler can ask
     if (k == &kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (k == &kernels_avx512) {
@@ -1017,7 +1012,7 @@ typedef struct {
     Pace many_pace;      // of a token each of many stories; time is that of one of them
     bool many;           // such are fed
     void *packed;        // the weights as matmul reads them, where the file has them otherwise
-    const Row *rows;     // what forward() feeds: n_rows of them,
+    const Row *rows;     // what feed() was given: n_rows of them,
     int n_rows;
     int first_logits;    // with logits wanted from this one on
 } Model;
@@ -1235,82 +1230,49 @@ static void free_state(RunState *s, int threads) {
 }
 
 // Room for so many tokens at once, of which so many have logits, and for texts of so many positions.
-static void reserve_state(Model *m, int rows, int logit_rows, int positions) {
+static void reserve_state(Model *m, int rows, int logit_rows, size_t positions) {
     const Config *c = &m->config;
     RunState *s = &m->state;
-    if (rows > s->rows) {
-        RunState kept = {.logits = s->logits, .logit_rows = s->logit_rows, .rope = s->rope, .scores = s->scores,
-                         .room = s->room};
-        s->logits = s->rope = s->scores = NULL;
-        free_state(s, m->pool->size);
-        *s = kept;
-        s->rows = rows;
-        s->x = floats(rows, c->dim);
-        s->xb = activation(c, rows, c->dim);
-        s->hb = activation(c, rows, c->hidden_dim);
-        s->own = allocate(m->pool->size, 1, sizeof *s->own, "the model's state");
-        for (int t = 0; t < m->pool->size; t++) {
-            s->own[t] = activation(c, 1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
-        }
-        s->scratch_size = 2 * LANES * (size_t)(c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
-        s->scratch = rows > 1 && c->bits == 32 && !m->packed ? floats(m->pool->size, s->scratch_size) : NULL;
-        s->add = floats(rows, c->dim);
-        s->hb2 = floats(rows, c->hidden_dim);
-        s->q = floats(rows, c->dim);
-        s->k = floats(rows, c->kv_dim);
-        s->v = floats(rows, c->kv_dim);
-    }
-    s->vocab_width = round_up((size_t)c->vocab_size, LANES);
-    if (logit_rows > s->logit_rows) {
-        free(s->logits);
-        s->logits = floats(logit_rows, s->vocab_width);
-        s->logit_rows = logit_rows;
-    }
-    if (positions > s->room) {
-        free(s->rope);
-        free(s->scores);
-        s->room = positions;
-        s->scores = floats((size_t)m->pool->size * MAX_QUERIES, positions);
-        s->rope = floats(positions, c->head_size);
-        // float32 throughout, as PyTorch computed the tables the model was trained with
-        for (int i = 0; i < c->head_size / 2; i++) {
-            float frequency = 1.0f / powf(c->rope_theta, (float)(2 * i) / (float)c->head_size);
-            for (int pos = 0; pos < positions; pos++) {
-                float angle = (float)pos * frequency;
-                float *pair = s->rope + ((size_t)pos * (c->head_size / 2) + (size_t)i) * 2;
-                pair[0] = cosf(angle);
-                pair[1] = sinf(angle);
-            }
-        }
-    }
+    const int threads = m->pool->size, widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
+    if (rows <= s->rows && logit_rows <= s->logit_rows && positions <= s->room) return;
+    if (rows < s->rows) rows = s->rows;
+    if (logit_rows < s->logit_rows) logit_rows = s->logit_rows;
+    if (positions < s->room) positions = s->room;
+    free_state(s, threads);
+    *s = (RunState){.rows = rows, .logit_rows = logit_rows, .room = positions,
+                    .vocab_width = round_up((size_t)c->vocab_size, LANES), .scratch_size = 2 * LANES * (size_t)widest};
+    s->x = floats(rows, c->dim);
+    s->xb = activation(c, rows, c->dim);
+    s->hb = activation(c, rows, c->hidden_dim);
+    s->own = allocate(threads, 1, sizeof *s->own, "the model's state");
+    for (int t = 0; t < threads; t++) s->own[t] = activation(c, 1, widest);
+    if (rows > 1 && c->bits == 32 && !m->packed) s->scratch = floats(threads, s->scratch_size);
+    s->add = floats(rows, c->dim);
+    s->hb2 = floats(rows, c->hidden_dim);
+    s->q = floats(rows, c->dim);
+    s->k = floats(rows, c->kv_dim);
+    s->v = floats(rows, c->kv_dim);
+    s->logits = floats(logit_rows, s->vocab_width);
+    s->scores = allocate_unset((size_t)threads * MAX_QUERIES, positions, sizeof(float), "the model's state");
+    s->rope = floats(rows, c->head_size);
 }
 
-// Room in a text's memory, at least for n positions; never more than a whole context needs.
-static void reserve_memory(Model *m, Memory *memory, int n) {
+// For a text of up to n positions. The pages that it has not reached yet are zeros, which take no memory; but for
+// those beside a page that it has, where pages are huge: these are read faster, and a large cache would do without.
+static KVCache new_cache(const Model *m, int n) {
     const Config *c = &m->config;
-    const size_t heads = (size_t)c->n_layers * (size_t)c->n_kv_heads, size = (size_t)c->head_size * c->kv_bytes;
-    if (n <= memory->room) return;
-    int64_t room = 2 * (int64_t)memory->room > n ? 2 * (int64_t)memory->room : n;
-    if (room > c->seq_len) room = c->seq_len;
-    if (room < 4 * LANES) room = 4 * LANES;
-    room = (room + LANES - 1) / LANES * LANES;
-    unsigned char **both[] = {&memory->keys, &memory->values};
-    for (int i = 0; i < 2; i++) {
-        const size_t old = (size_t)memory->room * size;
-        unsigned char *grown = allocate(heads * size, (size_t)room, 1, "the model's state");
-        for (size_t h = 0; old && h < heads; h++) {
-            memcpy(grown + h * (size_t)room * size, *both[i] + h * old, old);
-        }
-        free(*both[i]);
-        *both[i] = grown;
-    }
-    memory->room = (int)room;
-}
-
-static void free_memory(Memory *memory) {
-    free(memory->keys);
-    free(memory->values);
-    *memory = (Memory){0};
+    KVCache cache = {.room = round_up((size_t)n, LANES)};
+    const size_t position = (size_t)c->n_layers * (size_t)c->kv_dim * c->kv_bytes, bytes = 2 * cache.room * position;
+    cache.block = calloc(2 * cache.room + CACHE_LINE, position);
+    if (!cache.block) die("", "out of memory for the keys and values of %d tokens: %.0f MB", n, (double)bytes / 1e6);
+    cache.keys = (unsigned char *)cache.block + -(uintptr_t)cache.block % CACHE_LINE;
+    cache.values = cache.keys + bytes / 2;
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)cache.block / page * page + page;
+    const int advice = bytes > LARGE_CACHE ? MADV_NOHUGEPAGE : MADV_HUGEPAGE;
+    if (bytes > HUGE_PAGE) madvise((void *)start, bytes / page * page - page, advice);
+#endif
+    return cache;
 }
 
 static void load_model(Model *m, const char *path, const Kernels *kernels) {
@@ -1502,34 +1464,29 @@ static void attention(Model *m, int thread, int layer) {
     int from, to;
     share(c->n_kv_heads, 1, thread, m->pool->n, &from, &to);
     for (int h = from; h < to; h++) {
+        const size_t head = ((size_t)layer * c->n_kv_heads + h) * size;  // this many numbers of each position before
         for (int b = 0; b < m->n_rows; b++) {
             const Row *row = &m->rows[b];
-            const float *rope = s->rope + (size_t)row->pos * size;
-            const size_t room = (size_t)row->memory->room;
-            const size_t block = (size_t)row->pos / LANES * LANES * size + (size_t)row->pos % LANES;
-            const size_t at = ((size_t)layer * c->n_kv_heads + h) * size * room + block;
-            float *k = s->k + (size_t)b * c->kv_dim + (size_t)h * size;
-            const float *v = s->v + (size_t)b * c->kv_dim + (size_t)h * size;
-            rotate(k, size, rope);
-            m->kernels->remember(row->memory->keys, at, k, size, c->kv_bytes);
-            m->kernels->remember(row->memory->values, at, v, size, c->kv_bytes);
+            const size_t lane = (size_t)row->pos % LANES, kv = (size_t)b * c->kv_dim + (size_t)h * size;
+            const size_t at = head * row->cache->room + ((size_t)row->pos - lane) * size + lane;
+            rotate(s->k + kv, size, s->rope + (size_t)b * size);
+            m->kernels->store_kv(row->cache->keys, at, s->k + kv, size, c->kv_bytes);
+            m->kernels->store_kv(row->cache->values, at, s->v + kv, size, c->kv_bytes);
         }
         Query queries[MAX_QUERIES];
         int n = 0;
         for (int b = 0; b < m->n_rows; b++) {
             const Row *row = &m->rows[b];
-            const size_t room = (size_t)row->memory->room;
-            const size_t at = ((size_t)layer * c->n_kv_heads + h) * size * room;
-            const bool last_of_text = b + 1 == m->n_rows || row->memory != m->rows[b + 1].memory;
+            const size_t at = head * row->cache->room * c->kv_bytes;
+            const bool last_of_text = b + 1 == m->n_rows || row->cache != m->rows[b + 1].cache;
             for (int i = h * queries_per_kv; i < (h + 1) * queries_per_kv; i++) {
                 float *q = s->q + (size_t)b * c->dim + (size_t)i * size;
-                rotate(q, size, s->rope + (size_t)row->pos * size);
+                rotate(q, size, s->rope + (size_t)b * size);
                 for (int j = 0; j < size; j++) q[j] *= scale;
                 queries[n++] = (Query){q, s->xb.f + (size_t)b * s->xb.width + (size_t)i * size, row->pos};
                 if (n == MAX_QUERIES || (last_of_text && i + 1 == (h + 1) * queries_per_kv)) {
-                    m->kernels->attend(n, queries, row->memory->keys + at * c->kv_bytes,
-                                       row->memory->values + at * c->kv_bytes, c->kv_bytes, room, size,
-                                       s->scores + (size_t)thread * MAX_QUERIES * s->room);
+                    m->kernels->attend(n, queries, row->cache->keys + at, row->cache->values + at, c->kv_bytes,
+                                       row->cache->room, size, s->scores + (size_t)thread * MAX_QUERIES * s->room);
                     n = 0;
                 }
             }
@@ -1600,6 +1557,12 @@ static void forward_share(void *context, int thread) {
     share(m->n_rows, 1, thread, m->pool->n, &from, &to);
     for (int b = from; b < to; b++) {
         copy_row(s->x + (size_t)b * c->dim, &m->weights.tok_embeddings, m->rows[b].token);
+        float *rope = s->rope + (size_t)b * c->head_size;
+        for (int i = 0; i < c->head_size; i += 2) {  // float32 throughout, as in PyTorch, where the model was trained
+            const float frequency = 1.0f / powf(c->rope_theta, (float)i / (float)c->head_size);
+            rope[i] = cosf((float)m->rows[b].pos * frequency);
+            rope[i + 1] = sinf((float)m->rows[b].pos * frequency);
+        }
     }
     meet(m->pool);
     for (int l = 0; l < c->n_layers; l++) run_layer(m, thread, l);
@@ -1614,13 +1577,7 @@ static void forward_share(void *context, int thread) {
 // Feeds n tokens. Those from first_logits on have logits (vocab_size,) for the token that follows, in
 // state.logits, each s->vocab_width before the next one's.
 static void feed(Model *m, const Row *rows, int n, int first_logits) {
-    RunState *s = &m->state;
-    int positions = s->room;
-    for (int b = 0; b < n; b++) {
-        reserve_memory(m, rows[b].memory, rows[b].pos + 1);
-        if (rows[b].memory->room > positions) positions = rows[b].memory->room;
-    }
-    reserve_state(m, n, n - first_logits, positions);
+    reserve_state(m, n, n - first_logits, rows[0].cache->room);  // all rows' have the same
     m->rows = rows;
     m->n_rows = n;
     m->first_logits = first_logits;
@@ -1636,7 +1593,8 @@ static void check_logits(const Model *m, const float *logits, int pos) {
     if (m->kernels->finite(logits, m->config.vocab_size)) return;
     int i = 0;
     while (fabsf(logits[i]) <= FLT_MAX) i++;
-    die(m->path, "the model computes %f for token %d at position %d: its weights are damaged", (double)logits[i], i, pos);
+    die(m->path, "the model computes %f for token %d at position %d: its weights are damaged", (double)logits[i], i,
+        pos);
 }
 
 // The same; returns the first one's logits, all checked, and NULL when first_logits is n.
@@ -1650,19 +1608,19 @@ static float *forward(Model *m, const Row *rows, int n, int first_logits) {
     return s->logits;
 }
 
-// Feeds n tokens of one text from position pos on; returns the last one's logits, or those of all from
-// first_logits on, which must lie in the last MAX_ROWS.
-static float *prefill(Model *m, Memory *memory, const int *ids, int n, int pos) {
-    float *logits = NULL;
+// Feeds n tokens of one text, at most MAX_ROWS, from position pos on; returns the logits of the last `wanted` of them.
+static float *forward_text(Model *m, KVCache *cache, const int *ids, int n, int pos, int wanted) {
     Row rows[MAX_ROWS];
-    for (int i = 0; i < n; ) {
-        int count = n - i < MAX_ROWS ? n - i : MAX_ROWS;
-        for (int j = 0; j < count; j++) rows[j] = (Row){ids[i + j], pos + i + j, memory};
-        i += count;
-        reserve_memory(m, memory, pos + i);
-        logits = forward(m, rows, count, i == n ? count - 1 : count);
+    for (int i = 0; i < n; i++) rows[i] = (Row){ids[i], pos + i, cache};
+    return forward(m, rows, n, n - wanted);
+}
+
+// The same of any number; returns the last one's logits.
+static float *prefill(Model *m, KVCache *cache, const int *ids, int n, int pos) {
+    for (; n > MAX_ROWS; n -= MAX_ROWS, ids += MAX_ROWS, pos += MAX_ROWS) {
+        forward_text(m, cache, ids, MAX_ROWS, pos, 0);
     }
-    return logits;
+    return forward_text(m, cache, ids, n, pos, 1);
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1678,10 +1636,10 @@ typedef struct {
     Model *of;
     Model model;                     // the same with coarser matrices
     int most;                        // tokens ahead, at most; 0: there is no copy
-    double agreement;                // share of the guesses that were right, lately; of so many seen,
+    double acceptance_rate;          // share of the guesses that were right, lately; of so many seen,
     long seen;                       // the first of which count for more
     double guess, token, extra;      // seconds: of a guess, of a token without, that one with a guess to judge adds
-    long rounds, guesses, right;
+    long rounds, drafted, accepted;  // readings of the model's weights; tokens guessed, and right
 } Draft;
 
 // Rounds this thread's rows of each matrix to int8.
@@ -1716,25 +1674,19 @@ static double memory_limit(void) {
     const bool limited = getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
     if (limited) bytes = fmin(bytes, (double)limit.rlim_cur);
 #endif
-    return bytes;
-}
-
-// Bytes that a story of so many positions takes
-static double memory_of_story(const Model *m, int positions) {
-    const Config *c = &m->config;
-    return 2.0 * c->n_layers * c->kv_dim * (double)c->kv_bytes * (positions + LANES);
+    return fmin(bytes, container_limit(CONTAINER "memory.max"));
 }
 
 // Whether a copy of these weights may save time: of fp32 ones that are too large for a cache, where there is memory
-static bool drafts_pay(const Model *m, int positions) {
+static bool drafts_pay(const Model *m) {
     if (m->config.bits != 32 || m->file.size <= SMALL_MODEL || (double)m->file.size > memory_limit() / 2) return false;
-    void *room = malloc(m->file.size / 3 + (size_t)(2 * memory_of_story(m, positions)));  // twice while it grows
+    void *room = malloc(m->file.size / 3 + (16 << 20));  // and for the state of both
     free(room);
     return room != NULL;
 }
 
 static void make_draft(Draft *d, Model *m, int most) {
-    *d = (Draft){.of = m, .model = *m, .agreement = 0.8};
+    *d = (Draft){.of = m, .model = *m, .acceptance_rate = 0.8};
     Model *copy = &d->model;
     Config *c = &copy->config;
     copy->state = (RunState){0};
@@ -1776,7 +1728,7 @@ static int choose_draft(Draft *d, int most) {
             best = rate;
             n = i;
         }
-        power *= d->agreement;
+        power *= d->acceptance_rate;
         tokens += power;
     }
     if (++d->rounds % TRY == 0) n = n ? 0 : most < FEW ? most : FEW;
@@ -2216,6 +2168,17 @@ static int sample(const Sampler *s, float *logits, uint64_t *rng, Candidate *can
 // ---------------------------------------------------------------------------------------------------------
 // Generate and chat
 
+enum { AT_ONCE = 32 };      // stories: more gain nothing
+
+typedef struct {            // a text in the making
+    KVCache cache;
+    uint64_t rng;
+    int pos;                // the next free position
+    int prev, next;         // the last token shown and the one to come
+    bool done;
+    Text text;              // what cannot be printed yet
+} Story;
+
 typedef struct {
     Model model;
     Tokenizer tokenizer;
@@ -2224,20 +2187,12 @@ typedef struct {
     Draft draft;
     int draft_size;         // tokens to guess ahead, at most; -1: as many as pay
     int limit;              // positions that may be used
+    Story *active[AT_ONCE]; // the stories that are being told at once
     bool flush_each;        // stdout is a terminal: show each token at once,
     double flushed;         // or else what came since then, a few times a second
     bool stats;             // print what was measured as JSON
     bool plain;             // chat without a template
 } Session;
-
-typedef struct {            // a text in the making
-    Memory memory;
-    uint64_t rng;
-    int pos;                // the next free position
-    int prev, next;         // the last token shown and the one to come
-    bool done;
-    Text text;              // what cannot be printed yet
-} Story;
 
 typedef struct {            // of one run, in seconds and tokens
     double load, prompt, first, decode;
@@ -2245,21 +2200,17 @@ typedef struct {            // of one run, in seconds and tokens
     int stories;
 } Stats;
 
-static double program_start;
-
 // Resident memory at its highest, in bytes; 0 where it is not known
 static double peak_memory(void) {
 #if defined(_WIN32)
     return 0;
 #else
-#if defined(__linux__)  // getrusage would give that of the program that started this one, if it was larger
     char line[256];
     long kilobytes = 0;
-    FILE *f = fopen("/proc/self/status", "r");
+    FILE *f = fopen("/proc/self/status", "r");  // Linux, where getrusage gives its parent's, if that was larger
     while (f && fgets(line, sizeof line, f) && sscanf(line, "VmHWM: %ld", &kilobytes) != 1) {}
     if (f) fclose(f);
     if (kilobytes > 0) return (double)kilobytes * 1024;
-#endif
     struct rusage usage;
     if (getrusage(RUSAGE_SELF, &usage) != 0) return 0;
 #if defined(__APPLE__)
@@ -2276,10 +2227,10 @@ static void print_stats(const Session *s, const Stats *t) {
     fprintf(stderr, "{\"threads\": %d, \"kernels\": \"%s\", \"stories\": %d, \"load_seconds\": %.6f, "
             "\"prompt_tokens\": %ld, \"prompt_seconds\": %.6f, \"prompt_tok_s\": %.1f, "
             "\"first_token_seconds\": %.6f, \"decoded_tokens\": %ld, \"decode_seconds\": %.6f, "
-            "\"decode_tok_s\": %.1f, \"guessed_tokens\": %ld, \"guessed_right\": %ld, \"memory_bytes\": %.0f}\n",
+            "\"decode_tok_s\": %.1f, \"drafted_tokens\": %ld, \"accepted_tokens\": %ld, \"memory_bytes\": %.0f}\n",
             s->model.pool->size, s->model.kernels->name, t->stories, t->load, t->prompt_tokens, t->prompt,
             per_second(t->prompt_tokens, t->prompt), t->first, t->decoded, t->decode,
-            per_second(t->decoded, t->decode), s->draft.guesses, s->draft.right, peak_memory());
+            per_second(t->decoded, t->decode), s->draft.drafted, s->draft.accepted, peak_memory());
 }
 
 // Refuses tokens that the model does not have.
@@ -2305,7 +2256,7 @@ static Tokens encode_prompt(const Session *s, const char *text, size_t n) {
 }
 
 static void print_text(Session *s, Text *t) {
-    if (t->len && fwrite(t->data, 1, t->len, stdout) < t->len) check_stdout();
+    if (t->len && fwrite(t->data, 1, t->len, stdout) < t->len) flush_stdout();  // which dies
     t->len = 0;
     if (s->flush_each || now() - s->flushed > 0.1) {
         flush_stdout();
@@ -2315,31 +2266,16 @@ static void print_text(Session *s, Text *t) {
 
 static bool ends(int id) { return id == BOS || id == EOS; }
 
-typedef struct {
-    Session *session;
-    Story **stories;  // (n,)
-    int n;
-} Sampling;
-
-// Chooses the next token of some stories, each by its own random numbers.
+// Chooses the next token of each story that was fed one, by its own random numbers.
 static void sample_share(void *context, int thread) {
-    const Sampling *job = context;
-    const Session *s = job->session;
+    const Session *s = context;
+    const RunState *state = &s->model.state;
     int from, to;
-    share(job->n, 1, thread, s->model.pool->n, &from, &to);
+    share(s->model.n_rows, 1, thread, s->model.pool->n, &from, &to);
     for (int i = from; i < to; i++) {
-        Candidate *candidates = s->candidates + (size_t)thread * 2 * (size_t)s->sampler.n;
-        job->stories[i]->next = sample(&s->sampler, s->model.state.logits + (size_t)i * s->model.state.vocab_width,
-                                       &job->stories[i]->rng, candidates);
-    }
-}
-
-static void sample_all(Session *s, Story **stories, int n) {
-    Sampling job = {s, stories, n};
-    if (n == 1) {
-        stories[0]->next = sample(&s->sampler, s->model.state.logits, &stories[0]->rng, s->candidates);
-    } else {
-        run_all(s->model.pool, sample_share, &job);
+        Story *story = s->active[i];
+        story->next = sample(&s->sampler, state->logits + (size_t)i * state->vocab_width, &story->rng,
+                             s->candidates + (size_t)thread * 2 * (size_t)s->sampler.n);
     }
 }
 
@@ -2355,25 +2291,23 @@ static bool take_token(Session *s, Story *story) {
 typedef struct {
     Tokens tokens;
     int fed;
-    Memory memory;
+    KVCache cache;
     float *logits;  // (vocab_size,) after the last of them
 } Prompt;
 
-// Begins a story with the prompt and its first token, with a copy of the prompt's memory or, for one alone, with that.
-static void begin_story(Session *s, Story *story, const Prompt *prompt, bool alone, uint64_t seed) {
+// Begins a story with the prompt and its first token, with a copy of the prompt's memory or, the last one, with that.
+static void begin_story(Session *s, Story *story, const Prompt *prompt, bool last, uint64_t seed) {
     const Config *c = &s->model.config;
     const Tokens *t = &prompt->tokens;
     *story = (Story){.rng = seed ? seed : 1, .pos = prompt->fed, .prev = BOS, .next = BOS};
-    if (alone) {
-        story->memory = prompt->memory;
-    } else {
+    story->cache = prompt->cache;
+    if (!last) {
         const size_t size = (size_t)c->head_size * c->kv_bytes, bytes = round_up((size_t)prompt->fed, LANES) * size;
-        const Memory *from = &prompt->memory;
-        reserve_memory(&s->model, &story->memory, prompt->fed);
+        story->cache = new_cache(&s->model, s->limit);
         for (size_t h = 0; h < (size_t)c->n_layers * (size_t)c->n_kv_heads; h++) {
-            const size_t to = h * (size_t)story->memory.room * size, at = h * (size_t)from->room * size;
-            memcpy(story->memory.keys + to, from->keys + at, bytes);
-            memcpy(story->memory.values + to, from->values + at, bytes);
+            const size_t at = h * story->cache.room * size;
+            memcpy(story->cache.keys + at, prompt->cache.keys + at, bytes);
+            memcpy(story->cache.values + at, prompt->cache.values + at, bytes);
         }
     }
     for (int i = 1; i < t->n && i <= s->limit; i++) {
@@ -2389,9 +2323,9 @@ static void begin_story(Session *s, Story *story, const Prompt *prompt, bool alo
 
 // Makes the draft of a story that goes on from position pos, if one is wanted.
 static void prepare_draft(Session *s, int pos) {
-    const bool pays = s->limit - pos > SHORT_STORY && drafts_pay(&s->model, s->limit);
-    const int most = s->draft_size >= 0 ? s->draft_size : pays ? MAX_DRAFT : 0;
-    if (most > 0 && s->model.config.bits == 32 && s->draft.most == 0) make_draft(&s->draft, &s->model, most);
+    if (s->draft_size < 0) s->draft_size = s->limit - pos > SHORT_STORY && drafts_pay(&s->model) ? MAX_DRAFT : 0;
+    if (s->draft_size == 0 || s->draft.most > 0 || s->model.config.bits != 32) return;
+    make_draft(&s->draft, &s->model, s->draft_size);
 }
 
 // Chooses one or more tokens of a story, the last of which is story->next: as many as the draft guessed, and one.
@@ -2404,14 +2338,14 @@ static void tell_on(Session *s, Story *story) {
     uint64_t rng = story->rng;  // the guesses see the same random numbers, which makes them agree more often
     int guesses = 0, right = 0;
     double start = now();
-    rows[0] = (Row){story->prev, story->pos, &story->memory};
+    rows[0] = (Row){story->prev, story->pos, &story->cache};
     while (guesses < wanted) {
         feed(&d->model, &rows[guesses], 1, 0);
         if (!m->kernels->finite(d->model.state.logits, s->sampler.n)) break;
         const int id = sample(&s->sampler, d->model.state.logits, &rng, s->candidates);
         if (ends(id)) break;
         guesses++;
-        rows[guesses] = (Row){id, story->pos + guesses, &story->memory};
+        rows[guesses] = (Row){id, story->pos + guesses, &story->cache};
     }
     double guessed = now();
     feed(m, rows, guesses + 1, 0);
@@ -2430,73 +2364,62 @@ static void tell_on(Session *s, Story *story) {
         for (int i = 0; i <= right && i < guesses; i++) {
             d->seen++;
             // what it began with counts as four guesses
-            d->agreement += ((i < right) - d->agreement) / (double)(d->seen < 28 ? d->seen + 4 : 32);
+            d->acceptance_rate += ((i < right) - d->acceptance_rate) / (double)(d->seen < 28 ? d->seen + 4 : 32);
         }
     }
-    d->guesses += guesses;
-    d->right += right;
-}
-
-// Goes on with a story to its end, and prints it meanwhile. Returns how many tokens it took.
-static long tell_story(Session *s, Story *story) {
-    const int begun = story->pos;
-    print_text(s, &story->text);
-    while (!story->done) {
-        if (story->pos == begun) prepare_draft(s, begun);  // with the first token on show already
-        tell_on(s, story);
-        story->done = !take_token(s, story);
-        print_text(s, &story->text);
-    }
-    putchar('\n');
-    free(story->text.data);
-    return story->pos - begun;
+    d->drafted += guesses;
+    d->accepted += right;
 }
 
 // Tells `count` stories, of which the first has begun, as many at once as there is room for. Each is the story it
 // would be alone, and they are printed in order. Returns how many tokens they took.
 static long tell_stories(Session *s, Story *stories, int count, const Prompt *prompt, uint64_t seed) {
     Model *m = &s->model;
-    // from MANY rows on, weights that are read in place are summed in another order than for a story alone
-    const int rows_at_once = m->packed || m->config.bits == 4 ? MAX_ROWS : MANY - 1;
-    const double room = memory_limit() / 2 / memory_of_story(m, s->limit);
-    const int most = room < rows_at_once ? room < 1 ? 1 : (int)room : rows_at_once;
-    Story *active[MAX_ROWS];
-    Row rows[MAX_ROWS];
+    const double each = 2.0 * m->config.n_layers * m->config.kv_dim * (double)m->config.kv_bytes * s->limit;
+    const double room = (memory_limit() / 2 - (double)m->file.size) / 2 / each;
+    const int most = room < 1 ? 1 : room < AT_ONCE ? (int)room : AT_ONCE;
+    Story **active = s->active;
+    Row rows[AT_ONCE];
     long tokens = 0;
     int n = 0, begun = 0;
     for (int shown = 0; shown < count;) {
+        for (; n < most && begun < count; n++, begun++) {
+            active[n] = &stories[begun];
+            if (begun > 0) begin_story(s, active[n], prompt, begun + 1 == count, seed + (uint64_t)begun);
+        }
         int left = 0;
         for (int i = 0; i < n; i++) {
-            if (active[i]->done) free_memory(&active[i]->memory);
+            if (active[i]->done) free(active[i]->cache.block);
             else active[left++] = active[i];
         }
-        for (n = left; n < most && begun < count; begun++) {
-            if (begun > 0) begin_story(s, &stories[begun], prompt, false, seed + (uint64_t)begun);
-            if (stories[begun].done) free_memory(&stories[begun].memory);
-            else active[n++] = &stories[begun];
-        }
+        n = left;
         for (; shown < begun; shown++) {
             print_text(s, &stories[shown].text);
             if (!stories[shown].done) break;
             putchar('\n');
-            check_stdout();
             free(stories[shown].text.data);
         }
-        for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->memory};
-        if (n == 0) continue;
-        m->many = true;
-        forward(m, rows, n, 0);
-        m->many = false;
-        sample_all(s, active, n);
+        if (n == 1 && begun == count) {  // the last one, or the only
+            const int pos = active[0]->pos;
+            prepare_draft(s, pos);  // with the first token on show already
+            tell_on(s, active[0]);
+            tokens += active[0]->pos - pos;
+        } else if (n > 0) {
+            for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->cache};
+            m->many = true;
+            forward(m, rows, n, 0);
+            m->many = false;
+            run_all(m->pool, sample_share, s);
+            tokens += n;
+        }
         for (int i = 0; i < n; i++) active[i]->done = !take_token(s, active[i]);
-        tokens += n;
     }
     return tokens;
 }
 
 // Tells `count` stories that begin with the prompt, with the seeds seed, seed + 1, ...
 static void generate(Session *s, const Text *text, int count, uint64_t seed, Stats *stats) {
-    Prompt prompt = {.tokens = encode_prompt(s, text->data, text->len)};
+    Prompt prompt = {encode_prompt(s, text->data, text->len), .cache = new_cache(&s->model, s->limit)};
     const Tokens *t = &prompt.tokens;
     prompt.fed = t->n < s->limit ? t->n : s->limit;
     if (prompt.fed < t->n) {
@@ -2504,13 +2427,13 @@ static void generate(Session *s, const Text *text, int count, uint64_t seed, Sta
     }
     Story *stories = allocate(count, 1, sizeof(Story), "stories");
     double start = now();
-    const float *logits = prefill(&s->model, &prompt.memory, t->ids, prompt.fed, 0);
+    const float *logits = prefill(&s->model, &prompt.cache, t->ids, prompt.fed, 0);
     double prompted = now();
     prompt.logits = floats(s->sampler.n, 1);
     memcpy(prompt.logits, logits, (size_t)s->sampler.n * sizeof(float));
     begin_story(s, &stories[0], &prompt, count == 1, seed);
     stats->first = now() - start;
-    stats->decoded = count == 1 ? tell_story(s, &stories[0]) : tell_stories(s, stories, count, &prompt, seed);
+    stats->decoded = tell_stories(s, stories, count, &prompt, seed);
     flush_stdout();
     double end = now();
     stats->prompt = prompted - start;
@@ -2522,14 +2445,12 @@ static void generate(Session *s, const Text *text, int count, uint64_t seed, Sta
     const double seconds = end - (prompt.fed == 1 ? prompted : start);
     if (count > 1) {
         fprintf(stderr, "achieved tok/s: %f (%ld tokens in %d stories)\n",
-                per_second(stats->decoded, stats->decode), stats->decoded, count);
+                per_second(stats->decoded, stats->decode), stats->decoded + count, count);  // each one's first, too
     } else if (pos > 1 && seconds > 0) {
         fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
                 prompt.fed == t->n && ends(stories[0].next) ? "" : ", cut off");
     }
     if (s->stats) print_stats(s, stats);
-    if (count == 1) prompt.memory = stories[0].memory;
-    free_memory(&prompt.memory);
     free(prompt.logits);
     free(stories);
     free(prompt.tokens.ids);
@@ -2573,7 +2494,7 @@ static void answer(Session *s, Story *chat, const Tokens *t, Stats *stats) {
     const double start = now();
     text_append(&chat->text, "Assistant: ", s->plain ? 0 : 11);
     chat->prev = t->ids[t->n - 1];
-    prefill(m, &chat->memory, t->ids, t->n, chat->pos);
+    prefill(m, &chat->cache, t->ids, t->n, chat->pos);
     const double prompted = now();
     chat->next = sample(&s->sampler, m->state.logits, &chat->rng, s->candidates);
     if (stats->stories++ == 0) stats->first = now() - start;
@@ -2585,7 +2506,7 @@ static void answer(Session *s, Story *chat, const Tokens *t, Stats *stats) {
         tell_on(s, chat);
     }
     if (chat->pos < s->limit && !s->plain) {  // the template closes every answer
-        Row row = {EOS, chat->pos++, &chat->memory};
+        Row row = {EOS, chat->pos++, &chat->cache};
         forward(m, &row, 1, 1);
     }
     stats->prompt_tokens += t->n;
@@ -2600,12 +2521,12 @@ static void answer(Session *s, Story *chat, const Tokens *t, Stats *stats) {
 static void chat(Session *s, const Text *first_user, const char *first_system, uint64_t seed, Stats *stats) {
     const int seq_len = s->model.config.seq_len;
     Text system = {0}, user = {0}, turn = {0};
-    Story story = {.rng = seed};
+    Story story = {.cache = new_cache(&s->model, s->limit), .rng = seed};
     for (int turns = 0; ; turns++) {
         system.len = 0;
         if (turns == 0 && first_system) {
             text_append(&system, first_system, strlen(first_system));
-        } else if (turns == 0) {
+        } else if (turns == 0 && !s->plain) {
             ask("Enter system prompt (optional): ", &system);
         }
         if (turns == 0 && first_user) {
@@ -2615,9 +2536,13 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
             break;
         }
         render_turn(&turn, &system, &user, s->plain);
-        Tokens t = encode_prompt(s, turn.data, turn.len);
+        Tokens t = encode(&s->tokenizer, turn.data, turn.len);
+        check_ids(s, &t);
         bool fits = t.n <= s->limit - story.pos;
-        if (!fits && turns == 0) die("-n", "the first prompt is %d tokens long, more than %d", t.n, s->limit);
+        if (!fits && turns == 0) {
+            die(s->limit < seq_len ? "-n" : s->model.path, "the first prompt is %d tokens long, more than %d",
+                t.n, s->limit);
+        }
         if (fits) answer(s, &story, &t, stats);
         free(t.ids);
         if (!fits || story.pos == s->limit) {
@@ -2628,7 +2553,7 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
     }
     flush_stdout();
     if (s->stats) print_stats(s, stats);
-    free_memory(&story.memory);
+    free(story.cache.block);
     free(story.text.data);
     free(system.data);
     free(user.data);
@@ -2649,13 +2574,10 @@ static void print_logits(Session *s, const Text *prompt) {
     Tokens t = encode_prompt(s, prompt->data, prompt->len);
     if (t.n > s->limit) die("-n", "the prompt is %d tokens long, more than -n allows", t.n);
     const int vocab_size = s->model.config.vocab_size;
-    Memory memory = {0};
-    Row rows[MAX_ROWS];
+    KVCache cache = new_cache(&s->model, t.n);
     for (int pos = 0; pos < t.n; ) {
         int n = t.n - pos < LOGIT_ROWS ? t.n - pos : LOGIT_ROWS;
-        for (int j = 0; j < n; j++) rows[j] = (Row){t.ids[pos + j], pos + j, &memory};
-        reserve_memory(&s->model, &memory, pos + n);
-        float *logits = forward(&s->model, rows, n, 0);
+        float *logits = forward_text(&s->model, &cache, t.ids + pos, n, pos, n);
         for (int j = 0; j < n; j++, logits += s->model.state.vocab_width) {
             for (int i = 0; i < vocab_size; i++) printf("%s%.9g", i ? " " : "", (double)logits[i]);
             putchar('\n');
@@ -2663,7 +2585,7 @@ static void print_logits(Session *s, const Text *prompt) {
         pos += n;
     }
     flush_stdout();
-    free_memory(&memory);
+    free(cache.block);
     free(t.ids);
 }
 
@@ -2684,14 +2606,11 @@ static void print_perplexity(Session *s, const char *path, Stats *stats) {
         if (p == end) continue;
         Tokens t = encode(&s->tokenizer, p, (size_t)(end - p));
         check_ids(s, &t);
-        Memory memory = {0};
+        KVCache cache = new_cache(&s->model, t.n < seq_len ? t.n : seq_len);
         for (int at = 0, n; at < t.n; at += n) {
-            Row rows[MAX_ROWS];
-            for (n = 0; n < LOGIT_ROWS && at + n < t.n && at % seq_len + n < seq_len; n++) {
-                rows[n] = (Row){t.ids[at + n], (at + n) % seq_len, &memory};
-            }
-            reserve_memory(&s->model, &memory, rows[n - 1].pos + 1);
-            const float *logits = forward(&s->model, rows, n, 0);
+            const int pos = at % seq_len, left = t.n - at < seq_len - pos ? t.n - at : seq_len - pos;
+            n = left < LOGIT_ROWS ? left : LOGIT_ROWS;
+            const float *logits = forward_text(&s->model, &cache, t.ids + at, n, pos, n);
             for (int i = 0; i < n; i++, logits += s->model.state.vocab_width) {
                 const int target = at + i + 1 < t.n ? t.ids[at + i + 1] : BOS;
                 double sum = 0, top = (double)logits[argmax(logits, vocab_size)];
@@ -2699,7 +2618,7 @@ static void print_perplexity(Session *s, const char *path, Stats *stats) {
                 nats += top + log(sum) - (double)logits[target];
             }
         }
-        free_memory(&memory);
+        free(cache.block);
         stats->prompt_tokens += t.n;
         stats->stories++;
         bytes += (size_t)(end - p);
@@ -2727,7 +2646,8 @@ static const char usage[] =
     "                        0 or 1 is off\n"
     "  -k, --top-k N         sample from no more than the N likeliest tokens, default 0: off\n"
     "  -s, --seed N          random seed, default the time; 0 is the time, too\n"
-    "  -n, --steps N         tokens to run for, prompt included, default 256; 0 is the whole context\n"
+    "  -n, --steps N         tokens to run for, prompt included, default 256; 0 is the whole context, and a\n"
+    "                        chat's default\n"
     "  -i, --prompt TEXT     text to continue; - reads it from stdin (less one newline at its end)\n"
     "  -f, --file FILE       the same from a file\n"
     "  -z, --tokenizer FILE  default tokenizer.bin, else data/tokenizer.bin\n"
@@ -2832,7 +2752,7 @@ static Options parse_options(int argc, char **argv) {
         {'P', true, "--perplexity"}, {'D', true, "--draft"},
     };
     const size_t n_known = sizeof known / sizeof *known;
-    Options o = {.temperature = 1.0f, .topp = 0.9f, .steps = 256, .stories = 1, .draft = -1};
+    Options o = {.temperature = 1.0f, .topp = 0.9f, .steps = -1, .stories = 1, .draft = -1};
     for (int a = 1; a < argc; a++) {
         const char *arg = argv[a];
         if (arg[0] != '-') {
@@ -2855,7 +2775,16 @@ static Options parse_options(int argc, char **argv) {
         set_option(&o, known[k].key, equals ? known[k].name : arg, value);
     }
     if (o.stories < 1) die("-b", "there must be at least one story" SEE_HELP);
-    if (o.stories > 1 && o.chat) die("-b", "is for stories, not for a chat; leave one of them out" SEE_HELP);
+    const char *other = o.chat ? "-m chat" : o.tokens ? "--tokens" : o.logits ? "--logits" : "--perplexity";
+    if (o.chat + o.tokens + o.logits + !!o.perplexity > 1) {
+        die(other, "-m chat, --tokens, --logits and --perplexity go one at a time; leave one of them out" SEE_HELP);
+    }
+    const bool story = !o.chat && !o.tokens && !o.logits && !o.perplexity;
+    if (o.stories > 1 && !story) die("-b", "is for stories, not for %s; leave one of them out" SEE_HELP, other);
+    if ((o.system || o.plain) && !o.chat) die(o.system ? "-y" : "--template", "is for a chat; add -m chat" SEE_HELP);
+    if (o.steps >= 0 && o.perplexity) die("-n", "is for stories, not for --perplexity; leave it out" SEE_HELP);
+    if (o.stats && (o.tokens || o.logits)) die("--stats", "measures nothing with %s; leave it out" SEE_HELP, other);
+    if (o.steps < 0) o.steps = o.chat ? 0 : 256;
     if (o.prompt && o.file) die("-f", "the prompt is already given with -i; leave one of them out");
     if (!o.model) die("", "no model given; usage: run MODEL.bin [options], run --help lists them");
     return o;
@@ -2912,14 +2841,14 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);  // a reader that went away is a write error, reported as such
     signal(SIGBUS, lost_file);
 #endif
-    program_start = now();
+    const double start = now();
     Options o = parse_options(argc, argv);
     Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats, .plain = o.plain, .draft_size = o.draft};
     Pool pool;
     load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
     start_pool(&pool, o.threads ? o.threads : physical_cores(), o.threads == 0);
     s.model.pool = &pool;
-    if (!o.tokens || o.perplexity) pack_model(&s.model);
+    if (!o.tokens) pack_model(&s.model);
     load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer());
     warn_of_wrong_tokenizer(&s);
     const int vocab_size = s.model.config.vocab_size, seq_len = s.model.config.seq_len;
@@ -2928,10 +2857,10 @@ int main(int argc, char **argv) {
                           .kernels = s.model.kernels};
     s.candidates = allocate(vocab_size, 2 * (size_t)pool.size, sizeof(Candidate), "the sampler");
     const uint64_t seed = o.seed ? o.seed : (uint64_t)time(NULL);  // xorshift never leaves 0
-    Stats stats = {.load = now() - program_start};
+    Stats stats = {.load = now() - start};
     if (o.perplexity) {
         print_perplexity(&s, o.perplexity, &stats);
-    } else if (o.chat && !o.tokens && !o.logits) {
+    } else if (o.chat) {
         bool given = o.file || (o.prompt && strcmp(o.prompt, "-"));  // chat reads stdin anyway
         Text first = {0};
         if (given) first = read_prompt(&o);
@@ -2980,7 +2909,7 @@ HELPER F V(exponential)(F x) {
 }
 
 // Turns n numbers into e^(x - the largest) and returns their sum; zeros behind, up to a whole number of vectors.
-HELPER float V(powers)(float *x, int n) {
+HELPER float V(exp_and_sum)(float *x, int n) {
     for (int i = n; i % LANES; i++) x[i] = -INFINITY;
     F top = V(load)(x);
     for (int i = LANES; i < n; i += LANES) top = V(max)(top, V(load)(x + i));
@@ -2997,7 +2926,7 @@ HELPER float V(powers)(float *x, int n) {
 
 // Turns n scores into probabilities. There is room for a whole number of vectors.
 KERNEL void V(softmax)(float *x, int n) {
-    F scale = V(set1)(1.0f / V(powers)(x, n));
+    F scale = V(set1)(1.0f / V(exp_and_sum)(x, n));
     for (int i = 0; i < n; i += LANES) V(store)(x + i, V(mul)(V(load)(x + i), scale));
 }
 
@@ -3065,16 +2994,19 @@ HELPER void V(store_band)(float *out, F x, int row, int rows) {
     else V(store_n)(out + row, x, rows - row);
 }
 
-// R rows of fp32 weights, `apart` floats apart, times C rows of x: out[c * ldo + r * step]
-HELPER void V(tile_f32)(const int R, const int C, const float *w, size_t apart, int cols, const float *x,
-                        size_t ldx, float *out, size_t ldo, size_t step) {
-    F sums[4][6], a[4];
+// R rows of fp32 weights as the file has them, from `first` on and `apart` rows apart, times C rows of x
+HELPER void V(tile_f32)(const int R, const int C, const Tensor *t, size_t first, size_t apart, const Activation *input,
+                        int row, float *out, size_t ldo) {
+    const int cols = t->cols;
+    const size_t next = apart * (size_t)cols, ldx = input->width;
+    const float *w = t->f + first * (size_t)cols, *x = input->f + (size_t)row * ldx;
+    F sums[4][4], a[4];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sums[r][c] = V(set1)(0.0f);
     int i = 0;
     for (; i + LANES <= cols; i += LANES) {
         UNROLL for (int r = 0; r < R; r++) {
-            a[r] = V(load)(w + (size_t)r * apart + i);
-            if (C > 2) PREFETCH_L2(w + (size_t)r * apart + (size_t)(cols + i));  // the next row
+            a[r] = V(load)(w + (size_t)r * next + i);
+            if (C > 2) PREFETCH_L2(w + (size_t)r * next + (size_t)(cols + i));  // the next row
         }
         UNROLL for (int c = 0; c < C; c++) {
             F b = V(load)(x + (size_t)c * ldx + i);
@@ -3082,7 +3014,7 @@ HELPER void V(tile_f32)(const int R, const int C, const float *w, size_t apart, 
         }
     }
     if (i < cols) {
-        UNROLL for (int r = 0; r < R; r++) a[r] = V(load_n)(w + (size_t)r * apart + i, cols - i);
+        UNROLL for (int r = 0; r < R; r++) a[r] = V(load_n)(w + (size_t)r * next + i, cols - i);
         UNROLL for (int c = 0; c < C; c++) {
             F b = V(load)(x + (size_t)c * ldx + i);  // x is padded with zeros
             UNROLL for (int r = 0; r < R; r++) sums[r][c] = V(fma)(a[r], b, sums[r][c]);
@@ -3092,7 +3024,7 @@ HELPER void V(tile_f32)(const int R, const int C, const float *w, size_t apart, 
         float four[4];
         if (R == 4) V(sum4)(four, sums[0][c], sums[1][c], sums[2][c], sums[3][c]);
         else UNROLL for (int r = 0; r < R; r++) four[r] = V(sum)(sums[r][c]);
-        UNROLL for (int r = 0; r < R; r++) out[(size_t)c * ldo + (size_t)r * step] = four[r];
+        UNROLL for (int r = 0; r < R; r++) out[(size_t)(row + c) * ldo + first + (size_t)r * apart] = four[r];
     }
 }
 
@@ -3254,28 +3186,14 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
         return;
     }
     if (!w->values) {
-        const size_t cols = (size_t)w->cols, quarter = (size_t)(to - from) / 4;
-        for (size_t r = (size_t)from; r < (size_t)to; r++) {
-            const bool four = r < (size_t)from + quarter;
-            if (r == (size_t)from + quarter) r += 3 * quarter;
-            if (r == (size_t)to) break;
-            const float *p = w->f + r * cols;
-            for (b = 0; four && b + TILE_F32 <= n; b += TILE_F32) {
-                V(tile_f32)(4, TILE_F32, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
-                            out + (size_t)b * ldo + r, ldo, quarter);
-            }
-            for (; four && TILE_F32 > 2 && b + 2 <= n; b += 2) {
-                V(tile_f32)(4, 2, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
-                            out + (size_t)b * ldo + r, ldo, quarter);
-            }
-            for (; four && b < n; b++) {
-                V(tile_f32)(4, 1, p, quarter * cols, w->cols, x->f + (size_t)b * x->width, x->width,
-                            out + (size_t)b * ldo + r, ldo, quarter);
-            }
-            for (; b < n; b++) {
-                V(tile_f32)(1, 1, p, 0, w->cols, x->f + (size_t)b * x->width, x->width,
-                            out + (size_t)b * ldo + r, ldo, 0);
-            }
+        const size_t quarter = (size_t)(to - from) / 4;
+        for (size_t r = (size_t)from; r < (size_t)from + quarter; r++) {
+            for (b = 0; b + TILE_F32 <= n; b += TILE_F32) V(tile_f32)(4, TILE_F32, w, r, quarter, x, b, out, ldo);
+            for (; TILE_F32 > 2 && b + 2 <= n; b += 2) V(tile_f32)(4, 2, w, r, quarter, x, b, out, ldo);
+            for (; b < n; b++) V(tile_f32)(4, 1, w, r, quarter, x, b, out, ldo);
+        }
+        for (size_t r = (size_t)from + 4 * quarter; r < (size_t)to; r++) {
+            for (b = 0; b < n; b++) V(tile_f32)(1, 1, w, r, 0, x, b, out, ldo);
         }
         return;
     }
@@ -3314,7 +3232,7 @@ KERNEL void V(swiglu)(float *gate, const float *up, int n) {
 }
 
 // Puts a head's key or value of one position into its place, every LANES-th number from `at` on.
-KERNEL void V(remember)(unsigned char *memory, size_t at, const float *v, int size, size_t kv_bytes) {
+KERNEL void V(store_kv)(unsigned char *cache, size_t at, const float *v, int size, size_t kv_bytes) {
     const F zero = V(set1)(0.0f), least = V(set1)(-65504.0f);  // what a half float holds; a NaN stays one
     for (int i = 0; i < size; i += LANES) {
         const int n = size - i < LANES ? size - i : LANES;
@@ -3324,14 +3242,14 @@ KERNEL void V(remember)(unsigned char *memory, size_t at, const float *v, int si
             V(store_halves)(half, V(sub)(zero, V(max)(least, V(sub)(zero, V(max)(least, x)))));
         }
         for (int j = 0; j < n; j++, at += LANES) {
-            if (kv_bytes == 2) memcpy(memory + at * 2, &half[j], 2);
-            else memcpy(memory + at * sizeof *v, &v[i + j], sizeof *v);
+            if (kv_bytes == 2) memcpy(cache + at * 2, &half[j], 2);
+            else memcpy(cache + at * sizeof *v, &v[i + j], sizeof *v);
         }
     }
 }
 
 // LANES positions' numbers, of B bytes each
-HELPER F V(recall)(const size_t B, const unsigned char *from, size_t i) {
+HELPER F V(load_kv)(const size_t B, const unsigned char *from, size_t i) {
     return B == 2 ? V(halves)(from + i * B) : V(load)((const float *)(const void *)from + i);
 }
 
@@ -3344,7 +3262,7 @@ HELPER void V(mix)(const int N, const int E, const size_t B, const Query *querie
         F p[MAX_QUERIES];
         UNROLL for (int j = 0; j < N; j++) p[j] = V(load)(scores + (size_t)j * room + t);
         UNROLL for (int e = 0; e < E; e++) {
-            F v = V(recall)(B, values, (size_t)t * size + (size_t)(i + e) * LANES);
+            F v = V(load_kv)(B, values, (size_t)t * size + (size_t)(i + e) * LANES);
             UNROLL for (int j = 0; j < N; j++) sum[e][j] = V(fma)(p[j], v, sum[e][j]);
         }
     }
@@ -3372,14 +3290,14 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, c
         UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(set1)(0.0f);
         if (left < D) {
             for (int i = 0; i < size; i++) {
-                F k = V(recall)(B, keys, (size_t)t * size + (size_t)i * LANES);
+                F k = V(load_kv)(B, keys, (size_t)t * size + (size_t)i * LANES);
                 UNROLL for (int j = 0; j < N; j++) sum[0][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[0][j]);
             }
         } else {
             for (int i = 0; i < size; i++) UNROLL for (int d = 0; d < D; d++) {
                 const size_t at = (size_t)(t + d * LANES) * size + (size_t)i * LANES;
                 if (N == 1) PREFETCH(values + at * B);
-                F k = V(recall)(B, keys, at);
+                F k = V(load_kv)(B, keys, at);
                 UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[d][j]);
             }
         }
@@ -3390,7 +3308,7 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, c
     float share[MAX_QUERIES];
     for (int j = 0; j < N; j++) {
         float *row = scores + (size_t)j * room;
-        share[j] = 1.0f / V(powers)(row, queries[j].pos + 1);
+        share[j] = 1.0f / V(exp_and_sum)(row, queries[j].pos + 1);
         for (int t = (int)round_up((size_t)queries[j].pos + 1, LANES); t < blocks; t++) row[t] = 0.0f;
     }
     int i = 0;
@@ -3399,7 +3317,7 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, c
     for (; i < size; i++) UNROLL for (int j = 0; j < N; j++) {
         F sum = V(set1)(0.0f);
         for (int t = 0; t < blocks; t += LANES) {
-            F v = V(recall)(B, values, (size_t)t * size + (size_t)i * LANES);
+            F v = V(load_kv)(B, values, (size_t)t * size + (size_t)i * LANES);
             sum = V(fma)(V(load)(scores + (size_t)j * room + t), v, sum);
         }
         queries[j].out[i] = V(sum)(sum) * share[j];
@@ -3437,7 +3355,7 @@ KERNEL bool V(finite)(const float *x, int n) {
 #define NAME_(isa) #isa
 #define NAME(isa) NAME_(isa)
 static const Kernels V(kernels) = {
-    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(remember), V(attend), V(finite), V(FLIP),
+    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(store_kv), V(attend), V(finite), V(FLIP),
 };
 
 #undef NAME

@@ -418,8 +418,8 @@ class Bench:
             stats, seconds = run_stats(self.ours(model, "-n", STEPS, "-j", threads, *options))
             first = stats["load_seconds"] + stats["first_token_seconds"]
             figures = {"decode": stats["decode_tok_s"], "wall": seconds * 1e3, "first": first * 1e3}
-            if guesses := stats.get("guessed_tokens"):
-                figures["right"] = stats["guessed_right"] / guesses
+            if guesses := stats.get("drafted_tokens"):
+                figures["right"] = stats["accepted_tokens"] / guesses
             return figures
 
         def prefill():

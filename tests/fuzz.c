@@ -83,6 +83,7 @@ static void forget(void *p) {
     pthread_mutex_unlock(&blocks_mutex);
 }
 
+static void *fuzz_calloc(size_t n, size_t size) { return n <= MAX_BLOCK / size ? keep(calloc(n, size)) : NULL; }
 static void *fuzz_malloc(size_t n) { return n <= MAX_BLOCK ? keep(malloc(n)) : NULL; }
 static void *fuzz_aligned_alloc(size_t unit, size_t n) {
     return n <= MAX_BLOCK ? keep(aligned_alloc(unit, n)) : NULL;
@@ -215,6 +216,7 @@ static void free_input(unsigned char *data) { free(data); }
 #define putchar(c) fputc(c, output)
 #define getchar() fgetc(input)
 #define malloc fuzz_malloc
+#define calloc fuzz_calloc
 #define aligned_alloc fuzz_aligned_alloc
 #define realloc fuzz_realloc
 #define free fuzz_free
@@ -224,7 +226,7 @@ static void free_input(unsigned char *data) { free(data); }
 #define stat(name, st) fill_stat(find_file(name), st)
 #define fstat(fd, st) ((void)(fd), fill_stat(opened, st))
 #define mmap(address, n, protection, flags, fd, offset) ((void)(fd), fuzz_map(n))
-#define madvise(address, n, advice) ((void)(address), (void)(n))  // giving back such a file would lose it
+#define madvise(address, n, advice) ((void)(address), (void)(n), (void)(advice))  // a file given back would be lost
 #define munmap(p, n) ((void)(n), fuzz_free(p))
 #define pthread_create fuzz_pthread_create
 #define pthread_cond_wait fuzz_pthread_cond_wait
@@ -497,12 +499,12 @@ static void use_in_place(const Kernels *kernels) {
     static const int ids[] = {1, 2, 0, 1, 1, 2};
     Model m;
     Pool pool;
-    Memory memory = {0};
     load_model(&m, "m", kernels);
+    KVCache cache = new_cache(&m, 6);
     start_pool(&pool, 1, false);
     m.pool = &pool;
-    if (m.config.bits == 32) prefill(&m, &memory, ids, m.config.seq_len < 6 ? m.config.seq_len : 6, 0);
-    free_memory(&memory);
+    if (m.config.bits == 32) prefill(&m, &cache, ids, m.config.seq_len < 6 ? m.config.seq_len : 6, 0);
+    free(cache.block);
     free_model(&m);
     stop_pool(&pool);
 }

@@ -67,7 +67,7 @@ int main(int argc, char **argv) {
             unsigned char *memory = malloc(n / 4 * LANES * 2);
             for (int k = 0; k < N_KERNELS; k++) {
                 if (!usable(all_kernels[k])) continue;
-                all_kernels[k]->remember(memory, 0, (float *)(void *)bytes, (int)n / 4, 2);
+                all_kernels[k]->store_kv(memory, 0, (float *)(void *)bytes, (int)n / 4, 2);
                 for (size_t i = 0; i < n / 4; i++) {
                     printf("%d ", memory[2 * LANES * i] | memory[2 * LANES * i + 1] << 8);
                 }
@@ -102,7 +102,8 @@ int main(int argc, char **argv) {
 class Builds:
     fast: Path       # -O2
     checked: Path    # -O1 with ASan and UBSan; as "checked harness [TOKENIZER]" it is HARNESS
-    in_place: Path   # -O1; fp32 weights are read where they are in the file, as those of large models
+    in_place: Path   # -O1; fp32 weights are read where they are in the file, as those of large models; a container's
+                     # limits are in files beside it
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +121,8 @@ def builds(run_program, tmp_path_factory):
         pytest.skip("the C compiler has no -fsanitize=address,undefined (libasan, libubsan)")
     jobs = {
         "checked": [*common, *checks, str(out / "harness.c")],
-        "in_place": [*common, "-Werror", "-DSMALL", "-DPACKED_FP32=0", "-O1", str(ROOT / "run.c")],
+        "in_place": [*common, "-Werror", "-DSMALL", "-DPACKED_FP32=0", f'-DCONTAINER="{out}/"', "-O1",
+                     str(ROOT / "run.c")],
     }
     running = [
         subprocess.Popen([*cmd, "-o", str(out / name), "-lm", "-lpthread"], stderr=subprocess.PIPE, text=True)
@@ -571,7 +573,7 @@ def told(binary, *args):
     r = run(binary, *args, "--stats")
     assert r.returncode == 0, r.stderr
     stats = json.loads(r.stderr.splitlines()[-1])
-    return r.stdout, stats["guessed_tokens"], stats["guessed_right"]
+    return r.stdout, stats["drafted_tokens"], stats["accepted_tokens"]
 
 
 @pytest.mark.parametrize("binary,version", [("checked", 0), ("in_place", 1)])
@@ -709,6 +711,7 @@ def test_stats(builds, tmp_path, tokenizer):
         assert (stats["stories"], stats["decoded_tokens"], stats["threads"]) == (stories, decoded, 2)
         assert stats["prompt_tokens"] == 3 and stats["kernels"] == kernels_of(builds.checked)[0]
         assert stats["first_token_seconds"] > 0 and stats["memory_bytes"] > 1e5
+    assert b"(9 tokens in 3 stories)" in r.stderr  # the first and the last of each, too
 
 
 def test_perplexity(builds, tmp_path, tokenizer):
@@ -737,8 +740,6 @@ def test_perplexity(builds, tmp_path, tokenizer):
     assert run_ok(*args, "--perplexity=-", stdin=file.read_bytes()).decode() == out
     windows = b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n")
     assert run_ok(*args, "--perplexity=-", stdin=windows).decode() == out
-    model.write_bytes(model_bytes(s, w, 2, 16))  # whose weights --tokens alone does without
-    assert run_ok(*args, "--perplexity", file, "--tokens") == run_ok(*args, "--perplexity", file)
     file.write_text("<|endoftext|> \n")
     assert_error(run(*args, "--perplexity", file), file, "no text")
 
@@ -746,11 +747,11 @@ def test_perplexity(builds, tmp_path, tokenizer):
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and limits of memory")
 
 
-@pytest.fixture
-def large_model(tmp_path):
+@pytest.fixture(params=[1, 8])
+def large_model(tmp_path, request):
     """Beyond what a cache holds, so that it is read where it is mapped: of zeros, with all tokens alike."""
-    s = Shape(dim=512, hidden_dim=3000, n_layers=2, n_heads=8, n_kv_heads=1, seq_len=20000)
-    layer = 2 * s.dim + 3 * s.dim * s.hidden_dim + 2 * s.dim * (s.dim + s.dim // s.n_heads)
+    s = Shape(dim=512, hidden_dim=3000, n_layers=2, n_heads=8, n_kv_heads=request.param, seq_len=20000)
+    layer = 2 * s.dim + 3 * s.dim * s.hidden_dim + 2 * s.dim * (s.dim + s.dim // s.n_heads * s.n_kv_heads)
     weights = s.vocab_size * s.dim + s.dim + s.n_layers * layer
     path = tmp_path / "large.bin"
     path.write_bytes(s.ints())
@@ -776,6 +777,39 @@ def test_memory_for_a_story_is_memory_enough(builds, large_model, tokenizer):
         assert (r.returncode, r.stdout) == (plain.returncode, plain.stdout), r.stderr
         ends.add(r.returncode)
     assert ends == {0, 1}
+
+
+@needs_linux
+def test_memory_for_two_stories_is_enough_for_many(builds, large_model, tokenizer):
+    """As many are told at once as there is room for."""
+    args = builds.fast, large_model, "-z", tokenizer, "-j", 1, "-t", 0, "-n", 500
+    size, told = large_model.stat().st_size, set()
+    for room in range(4, 100, 12):
+        one, many = (limited(size + (room + more) * 1000000, *args, "-b", n) for more, n in [(0, 1), (12, 5)])
+        assert one.returncode == 1 or (many.returncode, many.stdout) == (0, 5 * one.stdout), many.stderr
+        told.add(one.returncode)
+    assert told == {0, 1}
+
+
+@needs_linux
+def test_limits_of_a_container(builds, large_model, tokenizer):
+    files = builds.in_place.parent / "cpu.max", builds.in_place.parent / "memory.max"
+
+    def measured(cpu, memory):
+        for file, text in zip(files, (cpu, memory), strict=True):
+            file.write_text(text)
+        r = run(builds.in_place, large_model, "-z", tokenizer, "-t", 0, "-n", 40, "--stats")
+        stats = json.loads(r.stderr.splitlines()[-1])
+        return stats["threads"], stats["drafted_tokens"] > 0
+
+    try:
+        cores, _ = measured("max 100000\n", "max\n")
+        assert measured("900000000 100000\n", "900000000000\n") == (cores, True)
+        assert measured("250000 100000\n", "max\n") == (min(cores, 2), True)
+        assert measured("190000 100000\n", "30000000\n") == (1, False)
+    finally:
+        for file in files:
+            file.unlink()
 
 
 @needs_linux
@@ -1200,8 +1234,19 @@ def test_prompt_beyond_the_vocabulary(builds, tmp_path):
 @pytest.mark.parametrize("mode", ["generate", "chat"])
 def test_prompt_longer_than_the_context(builds, tmp_path, tokenizer, mode):
     model = markov_model(tmp_path / "m.bin", {}, seq_len=16)
-    r = run(builds.checked, model, "-z", tokenizer, "-m", mode, "-y", "", "-i", "a" * 40)
-    assert_error(r, model, "16")
+    system = ["-y", ""] if mode == "chat" else []
+    assert_error(run(builds.checked, model, "-z", tokenizer, "-m", mode, *system, "-i", "a" * 40), model, "16")
+
+
+@pytest.mark.parametrize("args,subject", [
+    (["-y", "be kind"], "-y"), (["--template", "plain"], "--template"), (["--perplexity", "-", "-n", "9"], "-n"),
+    (["--stats", "--tokens"], "--stats"), (["--stats", "--logits"], "--stats"), (["-b", "2", "--logits"], "-b"),
+    (["-b", "2", "-m", "chat"], "-b"), (["-b", "2", "--tokens"], "-b"), (["-b", "2", "--perplexity", "-"], "-b"),
+    (["-m", "chat", "--tokens"], "-m chat"), (["--tokens", "--logits"], "--tokens"),
+    (["--logits", "--perplexity", "-"], "--logits"),
+])
+def test_options_without_effect_are_refused(builds, tmp_path, tokenizer, args, subject):
+    assert_error(run(builds.checked, markov_model(tmp_path / "m.bin", {}), "-z", tokenizer, *args), subject)
 
 
 @pytest.mark.parametrize("args,flag", [
@@ -1307,8 +1352,8 @@ def test_plain_chat(builds, tmp_path, tokenizer):
     """The text goes on as it is: nothing is put before, between or behind what user and model say."""
     a, b, c = (259 + LETTERS.index(letter) for letter in (b"a", b"b", b"c"))
     model = markov_model(tmp_path / "m.bin", {a: b, b: EOS, c: c})
-    args = [builds.checked, model, "-z", tokenizer, "-t", 0, "-m", "chat", "--template", "plain", "-n", 0]
-    assert run_ok(*args, "-y", "", stdin=b"a\nxa\n") == b"User: b\nUser: b\nUser: \n"
+    args = [builds.checked, model, "-z", tokenizer, "-t", 0, "-m", "chat", "--template", "plain"]
+    assert run_ok(*args, stdin=b"a\nxa\n") == b"User: b\nUser: b\nUser: \n"  # and asks for no system prompt
     r = run(*args, "-y", "s", "-i", "c")
     assert r.stdout == b"c" * 60 + b"\n" and b"context of 64 tokens is full" in r.stderr
     assert_error(run(*args, "--template", "alpaca"), "--template", "plain")
@@ -1339,6 +1384,18 @@ def test_chat_closes_every_answer(builds, tmp_path, tokenizer):
     for room, out in [(2 * len(ids) + 3, b"ok\nUser: Assistant: o\n"), (2 * len(ids) + 2, b"ok\nUser: ")]:
         r = run(*args, "-n", room, stdin=b"hi\n")
         assert (r.returncode, r.stdout) == (0, b"Assistant: " + out) and b"is full" in r.stderr
+
+
+def test_chat_ends_when_a_line_is_longer_than_the_context(builds, tmp_path, tokenizer):
+    args = builds.checked, chat_model(tmp_path, 100), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "", "--stats"
+    r = run(*args, stdin=b"hi\n" + b"h" * 200 + b"\nhi\n")
+    assert (r.returncode, r.stdout) == (0, b"User: Assistant: ok\nUser: ")
+    assert b"the context of 100 tokens is full" in r.stderr and json.loads(r.stderr.splitlines()[-1])["stories"] == 1
+
+
+def test_chat_uses_the_whole_context(builds, tmp_path, tokenizer):
+    r = run(builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "", stdin=b"hi\n" * 500)
+    assert r.returncode == 0 and b"context of 3000 tokens is full\n" in r.stderr.replace(b", the chat ends here", b"")
 
 
 def test_chat_on_windows_and_its_stats(builds, tmp_path, tokenizer):
