@@ -39,7 +39,6 @@ demo: demo/tok512/meta.json run  ## from made-up stories to a model that tells i
 	  --dim=64 --n_layers=5 --n_heads=8 --n_kv_heads=4 --multiple_of=4 --max_seq_len=256 --batch_size=8 \
 	  --gradient_accumulation_steps=1 --learning_rate=8e-3 --beta2=0.99 --weight_decay=0.01 --warmup_iters=100 \
 	  --max_iters=1400 --eval_interval=350 --eval_iters=20
-	$(PY) tokenizer.py --tokenizer-model=demo/tok512.model
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 1
 	./run demo/out/model.bin -z demo/tok512.bin -t 0.5 -s 2 -i "Once upon a time, there was a little fox"
 	$(PY) train.py --data_dir=demo --out_dir=demo/out --init_from=resume --ppo --target_len=100 --max_gen_len=220 \

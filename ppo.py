@@ -30,8 +30,8 @@ try:
     from torch import nn
 except ModuleNotFoundError as e:
     raise SystemExit(
-        f"{e.name} is not installed for Python {sys.version.split()[0]}; run, with 3.11 or newer: "
-        "pip install -r requirements.txt"
+        f"{e.name} is not installed for Python {sys.version.split()[0]}; run: "
+        ". .venv/bin/activate, or with 3.11 or newer: pip install -r requirements.txt"
     ) from None
 
 from model import (

@@ -2790,23 +2790,29 @@ static Options parse_options(int argc, char **argv) {
     return o;
 }
 
-static const char *default_tokenizer(void) {
+// Where our scripts put the tokenizer of a model with so many tokens
+static const char *likely_tokenizer(int vocab_size) {
+    static char path[64] = "data/tokenizer.bin";
+    if (vocab_size != 32000) snprintf(path, sizeof path, "data/tok%d.bin", vocab_size);
+    return path;
+}
+
+static const char *default_tokenizer(int vocab_size) {
     static const char *const places[] = {"tokenizer.bin", "data/tokenizer.bin"};
     struct stat st;
     for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
         if (stat(places[i], &st) == 0) return places[i];
     }
-    die("tokenizer.bin", "not found, nor data/tokenizer.bin; name one with -z FILE, or make one: "
-        "python tokenizer.py --tokenizer-model=data/tokenizer.model");
+    const char *likely = likely_tokenizer(vocab_size);
+    die("tokenizer.bin", "not found, nor data/tokenizer.bin; name the model's own, perhaps -z %s, "
+        "or make that: python tokenizer.py --tokenizer-model=%.*smodel", likely, (int)strlen(likely) - 3, likely);
 }
 
 static void warn_of_wrong_tokenizer(const Session *s) {
-    int vocab_size = s->model.config.vocab_size;
-    char likely[64] = "data/tokenizer.bin";
+    const int vocab_size = s->model.config.vocab_size;
     if (s->tokenizer.size == vocab_size) return;
-    if (vocab_size != 32000) snprintf(likely, sizeof likely, "data/tok%d.bin", vocab_size);
     warn("warning", "%s holds %d tokens, but the model's vocabulary has %d: try -z %s", s->tokenizer.path,
-         s->tokenizer.size, vocab_size, likely);
+         s->tokenizer.size, vocab_size, likely_tokenizer(vocab_size));
 }
 
 static Text read_prompt(const Options *o) {
@@ -2849,7 +2855,7 @@ int main(int argc, char **argv) {
     start_pool(&pool, o.threads ? o.threads : physical_cores(), o.threads == 0);
     s.model.pool = &pool;
     if (!o.tokens) pack_model(&s.model);
-    load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer());
+    load_tokenizer(&s.tokenizer, o.tokenizer ? o.tokenizer : default_tokenizer(s.model.config.vocab_size));
     warn_of_wrong_tokenizer(&s);
     const int vocab_size = s.model.config.vocab_size, seq_len = s.model.config.seq_len;
     s.limit = o.steps > 0 && o.steps < seq_len ? o.steps : seq_len;
@@ -3049,7 +3055,8 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
         const size_t step = bits == 4 ? 2 : 1;  // units in a vector
         for (size_t u = 0; u < vectors; u += (size_t)S) {
             UNROLL for (int k = 0; k < S; k++) UNROLL for (int r = 0; r < R; r++) {
-                const unsigned char *v = values + (size_t)r * apart * w->groups * vectors * BAND + (u + (size_t)k) * BAND;
+                const size_t ahead = (size_t)r * apart * w->groups * vectors + u + (size_t)k;
+                const unsigned char *v = values + ahead * BAND;
                 Q a = V(bytes)(v);
                 const int8_t *p = q + (u + (size_t)k) * 4 * step;
                 if (C > 1) PREFETCH_L2(v + w->groups * vectors * BAND);  // the next band, while rows of x keep this one

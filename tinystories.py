@@ -51,8 +51,8 @@ try:
     import sentencepiece
     from tqdm import tqdm
 except ModuleNotFoundError as e:
-    raise SystemExit(f"{e.name} is not installed for Python {sys.version.split()[0]}; "
-                     "run, with 3.11 or newer: pip install -r requirements.txt") from None
+    raise SystemExit(f"{e.name} is not installed for Python {sys.version.split()[0]}; run: "
+                     ". .venv/bin/activate, or with 3.11 or newer: pip install -r requirements.txt") from None
 
 from tokenizer import CommandLine, Tokenizer, atomic_write, lock, tokenizer_path, whole
 
@@ -982,7 +982,10 @@ def synth_story(rng: random.Random) -> str:
 # ---- train_vocab -------------------------------------------------------------------------------------
 
 def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
-    """Stage `train_vocab`: a byte-pair vocabulary made as Llama 2's was, from training shards only."""
+    """Stage `train_vocab`: a byte-pair vocabulary made as Llama 2's was, from training shards only.
+
+    A different one of that size, which tokens and models may have been made with, is kept under another name.
+    """
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise SystemExit(f"--vocab_size={vocab_size} is not between {MIN_VOCAB} (bytes and special ids) and "
                          f"{MAX_VOCAB} (16 bits per token); run: {command('train_vocab', data_dir, 4096)}")
@@ -992,10 +995,25 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
         restore(stories_dir(data_dir))
         proto, shards = make_vocab(data_dir, vocab_size, num_shards)
         model = tokenizer_path(data_dir, vocab_size)
+        if os.path.isfile(model):
+            keep_another(model, proto)
         with atomic_write(model) as f:
             f.write(proto)
-    print(f"{model}: {vocab_size} pieces from {shards} shards; next: "
+        for_run = Tokenizer(model).export()
+    print(f"{model} and, for ./run, {for_run}: {vocab_size} pieces from {shards} shards; next: "
           + command("pretokenize", data_dir, vocab_size))
+
+
+def keep_another(path: str, content: bytes) -> None:
+    """A copy of the file beside itself, under the name of its sum, unless it holds `content`."""
+    with open(path, "rb") as f:
+        old = f.read()
+    if old != content:
+        name, suffix = os.path.splitext(path)
+        kept = f"{name}-{hashlib.sha256(old).hexdigest()[:8]}{suffix}"
+        with atomic_write(kept) as f:
+            f.write(old)
+        print(f"there was another {path}: it is kept as {kept}")
 
 
 def make_vocab(data_dir: str, vocab_size: int, num_shards: int) -> tuple[bytes, int]:

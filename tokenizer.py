@@ -28,8 +28,8 @@ from typing import IO
 try:
     from sentencepiece import SentencePieceProcessor
 except ModuleNotFoundError as e:
-    raise SystemExit(f"{e.name} is not installed for Python {sys.version.split()[0]}; "
-                     "run, with 3.11 or newer: pip install -r requirements.txt") from None
+    raise SystemExit(f"{e.name} is not installed for Python {sys.version.split()[0]}; run: "
+                     ". .venv/bin/activate, or with 3.11 or newer: pip install -r requirements.txt") from None
 try:
     import fcntl
 except ImportError:  # Windows

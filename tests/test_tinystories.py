@@ -596,7 +596,10 @@ def test_train_vocab(data, capfd):
     ts.main(["train_vocab", "--vocab-size=350", "--data_dir=" + data])
     out, err = capfd.readouterr()
     assert err == "" and out.count("\n") == 1 and f"pretokenize --vocab_size=350 --data_dir={data}" in out
-    assert visible(data) == ["TinyStories_all_data", "tok350.model"]
+    assert visible(data) == ["TinyStories_all_data", "tok350.bin", "tok350.model"]
+    Tokenizer(data + "/tok350.model").export(data + "/t")
+    assert Path(data, "tok350.bin").read_bytes() == Path(data, "t").read_bytes()
+    Path(data, "t").unlink()
     first = Path(data, "tok350.model").read_bytes()
     sp = sentencepiece.SentencePieceProcessor(model_proto=first)
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
@@ -608,6 +611,18 @@ def test_train_vocab(data, capfd):
     assert sp.decode(sp.encode("  a  b ﬁ ß\n")) == "  a  b ﬁ ß\n"  # nothing normalized, spaces kept
     ts.main(["train_vocab", "--vocab-size=350", "--data_dir=" + data])
     assert Path(data, "tok350.model").read_bytes() == first
+    assert visible(data) == ["TinyStories_all_data", "tok350.bin", "tok350.model"]
+
+
+def test_train_vocab_keeps_another_vocabulary(data, capfd):
+    """Such as that of a model of others, which nothing could make again."""
+    theirs = Path(data, "tok350.model")
+    theirs.write_bytes(b"theirs")
+    Path(data, "tok350.bin").write_bytes(b"theirs, too")
+    ts.train_vocab(data, 350, 10)
+    name = f"tok350-{hashlib.sha256(b'theirs').hexdigest()[:8]}.model"
+    assert Path(data, name).read_bytes() == b"theirs" and name in capfd.readouterr().out
+    assert b"theirs" not in theirs.read_bytes() + Path(data, "tok350.bin").read_bytes()
 
 
 def test_train_vocab_from_a_file_gives_the_same(data, tmp_path):
@@ -920,7 +935,8 @@ def test_parts_at_the_same_time(tmp_path):
         (tmp_path / folder).mkdir()
     ts.main(["synth", f"--data_dir={tmp_path / 'whole'}", *flags])
     ts.main(["train_vocab", "--vocab_size=320", f"--data_dir={tmp_path / 'whole'}"])
-    (tmp_path / "parts" / "tok320.model").write_bytes((tmp_path / "whole" / "tok320.model").read_bytes())
+    for name in ("tok320.model", "tok320.bin"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "parts")
 
     def at_once(*args):
         runs = [subprocess.Popen([sys.executable, ROOT / "tinystories.py", *args, f"--shard={i}/3",
@@ -1773,7 +1789,7 @@ def test_from_text_to_tokens_as_commands(tmp_path):
     done = run("pretokenize", "--vocab_size=310", cwd=tmp_path, check=True)
     assert done.stderr == ""
     assert done.stdout.endswith("next: python train.py --vocab_source=custom --vocab_size=310\n")
-    assert visible(tmp_path / "data") == ["TinyStories_all_data", "tok310", "tok310.model"]
+    assert visible(tmp_path / "data") == ["TinyStories_all_data", "tok310", "tok310.bin", "tok310.model"]
     readonly = run("train_vocab", "--vocab_size=301", "--data_dir=/proc/none", cwd=tmp_path)
     assert readonly.returncode == 1 and readonly.stderr.count("\n") == 1
 
