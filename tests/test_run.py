@@ -102,8 +102,8 @@ int main(int argc, char **argv) {
 class Builds:
     fast: Path       # -O2
     checked: Path    # -O1 with ASan and UBSan; as "checked harness [TOKENIZER]" it is HARNESS
-    in_place: Path   # -O1; fp32 weights are read where they are in the file, as those of large models; a container's
-                     # limits are in files beside it
+    in_place: Path   # -O1; fp32 weights are read where they are in the file, as those of large models; a
+                     # container's limits are in files beside it
 
 
 @pytest.fixture(scope="session")
@@ -1234,19 +1234,21 @@ def test_prompt_beyond_the_vocabulary(builds, tmp_path):
 @pytest.mark.parametrize("mode", ["generate", "chat"])
 def test_prompt_longer_than_the_context(builds, tmp_path, tokenizer, mode):
     model = markov_model(tmp_path / "m.bin", {}, seq_len=16)
-    system = ["-y", ""] if mode == "chat" else []
-    assert_error(run(builds.checked, model, "-z", tokenizer, "-m", mode, *system, "-i", "a" * 40), model, "16")
+    args = ["-y", ""] if mode == "chat" else []
+    assert_error(run(builds.checked, model, "-z", tokenizer, "-m", mode, *args, "-i", "a" * 40), model, "16")
 
 
 @pytest.mark.parametrize("args,subject", [
-    (["-y", "be kind"], "-y"), (["--template", "plain"], "--template"), (["--perplexity", "-", "-n", "9"], "-n"),
-    (["--stats", "--tokens"], "--stats"), (["--stats", "--logits"], "--stats"), (["-b", "2", "--logits"], "-b"),
-    (["-b", "2", "-m", "chat"], "-b"), (["-b", "2", "--tokens"], "-b"), (["-b", "2", "--perplexity", "-"], "-b"),
+    (["-y", "be kind"], "-y"), (["--template", "plain"], "--template"),
+    (["--perplexity", "-", "-n", "9"], "-n"), (["--stats", "--tokens"], "--stats"),
+    (["--stats", "--logits"], "--stats"), (["-b", "2", "--logits"], "-b"), (["-b", "2", "-m", "chat"], "-b"),
+    (["-b", "2", "--tokens"], "-b"), (["-b", "2", "--perplexity", "-"], "-b"),
     (["-m", "chat", "--tokens"], "-m chat"), (["--tokens", "--logits"], "--tokens"),
     (["--logits", "--perplexity", "-"], "--logits"),
 ])
 def test_options_without_effect_are_refused(builds, tmp_path, tokenizer, args, subject):
-    assert_error(run(builds.checked, markov_model(tmp_path / "m.bin", {}), "-z", tokenizer, *args), subject)
+    model = markov_model(tmp_path / "m.bin", {})
+    assert_error(run(builds.checked, model, "-z", tokenizer, *args), subject)
 
 
 @pytest.mark.parametrize("args,flag", [
@@ -1387,15 +1389,17 @@ def test_chat_closes_every_answer(builds, tmp_path, tokenizer):
 
 
 def test_chat_ends_when_a_line_is_longer_than_the_context(builds, tmp_path, tokenizer):
-    args = builds.checked, chat_model(tmp_path, 100), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "", "--stats"
-    r = run(*args, stdin=b"hi\n" + b"h" * 200 + b"\nhi\n")
+    args = builds.checked, chat_model(tmp_path, 100), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", ""
+    r = run(*args, "--stats", stdin=b"hi\n" + b"h" * 200 + b"\nhi\n")
     assert (r.returncode, r.stdout) == (0, b"User: Assistant: ok\nUser: ")
-    assert b"the context of 100 tokens is full" in r.stderr and json.loads(r.stderr.splitlines()[-1])["stories"] == 1
+    assert b"the context of 100 tokens is full" in r.stderr
+    assert json.loads(r.stderr.splitlines()[-1])["stories"] == 1
 
 
 def test_chat_uses_the_whole_context(builds, tmp_path, tokenizer):
-    r = run(builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "", stdin=b"hi\n" * 500)
-    assert r.returncode == 0 and b"context of 3000 tokens is full\n" in r.stderr.replace(b", the chat ends here", b"")
+    r = run(builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "",
+            stdin=b"hi\n" * 500)
+    assert r.returncode == 0 and b"context of 3000 tokens is full, the chat ends here\n" in r.stderr
 
 
 def test_chat_on_windows_and_its_stats(builds, tmp_path, tokenizer):
