@@ -171,7 +171,9 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, words: list[str]) -> str:
-    near = difflib.get_close_matches(word, words, 1)
+    initials = {"--" + "".join(part[:1] for part in w.strip("-").split("_")): w for w in words}
+    longer = sorted((w for w in words if len(word) > 4 and w.startswith(word)), key=len)
+    near = [initials[word]] if word in initials else longer or difflib.get_close_matches(word, words, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

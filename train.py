@@ -70,7 +70,7 @@ from model import (
 )
 from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, train_ppo, wants_length
 from tinystories import StoryStarts, TokenBatches, command, pretokenize_again, read_meta, token_dir
-from tokenizer import CommandLine, atomic_write, did_you_mean, lock
+from tokenizer import CommandLine, atomic_write, did_you_mean, lock, tokenizer_path
 
 # Above so many parameters the gradients of several parts at once would take too much memory
 THREADED_PARAMETERS = 50_000_000
@@ -824,8 +824,12 @@ def get_lr(cfg: TrainConfig, iter_num: int) -> float:
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (cfg.learning_rate - cfg.min_lr)
 
 
-def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[str, float]:
-    """Loss (nats per token), perplexity and bits per byte over a validation set, shared by all ranks."""
+def evaluate(
+    model: nn.Module, batches: TokenBatches, runtime: Runtime, stop: Callable[[], bool] = bool
+) -> dict[str, float]:
+    """Loss (nats per token), perplexity and bits per byte over a validation set, shared by all ranks; {} when
+    stop() said on one of them that it should end.
+    """
 
     def score(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, int]:
         xs, ys = part
@@ -839,21 +843,31 @@ def evaluate(model: nn.Module, batches: TokenBatches, runtime: Runtime) -> dict[
     def shared() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches; of a split model, whose ranks compute together, as many as the rank with most has."""
         rest = iter(batches)
-        batch = next(rest, None)
-        while any(runtime.total(batch is not None)) if runtime.fsdp else batch:
+        while True:
+            batch = next(rest, None)
+            more, asked = batch is not None, stop()
+            if runtime.fsdp:
+                more, asked = runtime.total(more, asked)
+            if asked or not more:
+                return
             if batch is None:
                 shape = batches.batch_size, batches.max_seq_len
                 batch = torch.full(shape, batches.bos_id), torch.full(shape, -1)
             yield batch
-            batch = next(rest, None)
 
+    total = -(-(batches.num_tokens - 1) // (batches.batch_size * batches.max_seq_len))
+    total = -(-min(total, batches.max_batches or total) // runtime.world_size)
+    hidden = True if runtime.rank else None  # None: where it is no terminal
+    bar = {"desc": "evaluating", "unit": "batch", "delay": 3, "leave": False, "disable": hidden}
     model.eval()
     nats, count = 0.0, 0
-    for x, y in shared():
+    for x, y in tqdm(shared(), total=total, **bar):
         for part_nats, part_count in runtime.map(score, split_batch(x, y, runtime)):
             nats, count = nats + part_nats, count + part_count
     model.train()
-    nats, count = runtime.total(nats, count)
+    nats, count, asked = runtime.total(nats, count, stop())
+    if asked:
+        return {}
     loss = nats / count
     if not math.isfinite(loss):
         raise SystemExit(f"the validation loss is {loss}: training has diverged; try a lower --learning_rate")
@@ -1078,9 +1092,11 @@ class Pretraining:
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
             raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
 
-    def evaluate(self, metrics: Metrics | None) -> None:
-        """Evaluate, and report; then save, so that a resumed run need not do it again."""
-        scores = evaluate(self.model, self.val_batches, self.runtime)
+    def evaluate(self, metrics: Metrics | None, stop: Callable[[], bool]) -> None:
+        """Evaluate, and report; then save, so that a resumed run need not do it again. Or stop() that."""
+        scores = evaluate(self.model, self.val_batches, self.runtime, stop)
+        if not scores:
+            return
         loss = scores["loss/val"]
         train_loss = self.loss_sum / max(self.loss_count, 1)
         # a fine-tuned model may well do worse than its origin on other text: iteration 0 is no rival
@@ -1170,8 +1186,8 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
         due = run.iter_num % cfg.eval_interval == 0 or run.iter_num >= cfg.max_iters or cfg.eval_only
         if due and (not run.evaluated or cfg.eval_only):
             began = time.perf_counter()
-            run.evaluate(metrics)
-            if tokenizer:
+            run.evaluate(metrics, lambda: interrupt.asked)
+            if tokenizer and run.evaluated and not interrupt.asked:
                 tell_story(run, tokenizer)
             since += time.perf_counter() - began
         # whoever was asked tells the others: the ranks stop together
@@ -1211,11 +1227,15 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     bar.close()
     if run.in_a_row >= cfg.max_skipped:
         give_up(run)
-    if asked and run.iter_num < cfg.max_iters and not cfg.eval_only:
+    if cfg.eval_only:
+        return
+    if asked and (run.iter_num < cfg.max_iters or not run.evaluated):
         if run.saved < run.iter_num:
             run.save(best=False)
         if metrics:
             say_stopped(run.iter_num, runtime)
+    elif metrics:
+        print(f"next: {run_command(cfg, run.raw_model.args, 'model.bin')}")
 
 
 @contextmanager
@@ -1244,6 +1264,24 @@ def peak_flops(runtime: Runtime) -> float:
     """What the GPUs of all ranks can do per second in bfloat16; 0 where that is not known."""
     name = torch.cuda.get_device_name(runtime.device) if runtime.kind == "cuda" else ""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0) * runtime.world_size
+
+
+def run_command(cfg: TrainConfig, args: ModelArgs, name: str) -> str:
+    """What tells stories by a model in out_dir."""
+    model = tokenizer_path(cfg.data_dir, 0 if cfg.vocab_source == "llama2" else args.vocab_size)
+    for_run = os.path.splitext(model)[0] + ".bin"
+    make = "" if os.path.exists(for_run) else f"python tokenizer.py -t {shlex.quote(model)} && "
+    return make + shlex.join(["./run", os.path.join(cfg.out_dir, name), "-z", for_run])
+
+
+def warn_of_weeks(model: Transformer, tokens: int) -> None:
+    """Of a training on the CPU that takes weeks, as the default model's does."""
+    days = model.flops_per_token() * tokens / (5e10 * (os.cpu_count() or 1)) / 86400
+    if days > 14:
+        print(
+            f"warning: on this CPU that takes some {days:,.0f} days; a small model is in README, Training",
+            file=sys.stderr,
+        )
 
 
 def say_stopped(iter_num: int, runtime: Runtime) -> None:
@@ -1400,6 +1438,9 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
                     file=sys.stderr,
                 )
         train_ppo(run, metrics, Interrupt(), write_model)
+        if metrics and run.iter_num >= run.last and not cfg.eval_only:
+            told = run_command(cfg, args, "ppo_model.bin")
+            print(f"next: {told} -t 1 -p 1\n  and: python ppo.py report {shlex.quote(cfg.out_dir)}")
     leave_together(runtime)
 
 
@@ -1463,7 +1504,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Pretraining(cfg, model, path, checkpoint, runtime)
     metrics = tokenizer = None
     if runtime.rank == 0:
-        if cfg.max_iters <= run.iter_num != 0 and not cfg.eval_only:
+        if cfg.max_iters <= run.iter_num != 0 and run.evaluated and not cfg.eval_only:
             print(
                 f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --max_iters",
                 file=sys.stderr,
@@ -1479,11 +1520,15 @@ def main(argv: list[str] | None = None) -> None:
     with rescued(run, lambda: run.save(best=False)):
         if metrics:
             tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len
-            compiled = ", compiled" * runtime.compile
+            compiled = ", compiled (the first steps take a minute)" * runtime.compile
             print(
                 f"{model.num_parameters():,} parameters on {runtime.world_size} x {runtime.device}, "
                 f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration"
             )
+            if runtime.kind == "cpu" and not cfg.eval_only:
+                warn_of_weeks(model, tokens * (cfg.max_iters - run.iter_num))
+            if cfg.eval_only and not path:
+                print("this model is new; to evaluate a trained one: --init_from=resume", file=sys.stderr)
         pretrain(run, metrics, tokenizer)
     run.train_model = None  # nothing of DDP may be left either
     leave_together(runtime)

@@ -219,3 +219,12 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
     with tk.atomic_write(str(path)) as f:
         f.write(b"again")
     assert sorted(os.listdir(tmp_path)) == ["f", other_host.name]
+
+
+def test_did_you_mean():
+    """A slip of the finger, the beginning of a name, or the initials that others' flags have."""
+    words = ["--learning_rate", "--min_lr", "--grad_clip", "--gradient_accumulation_steps", "--max_iters"]
+    for word, meant in [("--lr", "--learning_rate"), ("--grad", "--grad_clip"), ("--max_iter", "--max_iters"),
+                        ("--max_itres", "--max_iters"), ("--learning", "--learning_rate")]:
+        assert tk.did_you_mean(word, words) == f"; did you mean {meant}?"
+    assert tk.did_you_mean("--qqq", words) == ""

@@ -1140,3 +1140,52 @@ def test_the_best_loss_goes_on(fit, tmp_path, monkeypatch):
     fit("out", "--max_iters=8")
     fit("out", "--max_iters=12", "--init_from=resume")
     assert saved(tmp_path / "out") == {"ckpt": 4, "last": 12}
+
+
+# ---- what a user meets -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_ctrl_c_ends_an_evaluation(fit, tmp_path, monkeypatch, at):
+    """The first, one in the middle, or the last: it is not finished, but made when the run goes on."""
+    flags = "--max_iters=8", "--eval_interval=4"
+    fit("whole", *flags)
+    split, real, evaluations = train.split_batch, train.evaluate, []
+
+    def interrupted(*batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(train, "split_batch", split)
+        return split(*batch)
+
+    def evaluate(model, batches, runtime, stop=bool):
+        evaluations.append(1)
+        if len(evaluations) == at:
+            monkeypatch.setattr(train, "split_batch", interrupted)
+        return real(model, batches, runtime, stop)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    said = fit("cut", *flags)
+    assert "stopped after iteration" in said and len(evaluations) == at
+    cut = load_checkpoint(tmp_path / "cut" / "last.pt")
+    assert (cut["iter_num"], cut["evaluated"]) == (4 * (at - 1), False)
+    fit("cut", *flags, "--init_from=resume")
+    assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_the_end_says_what_is_next(fit, tmp_path, data_dir):
+    folder = tmp_path / "a run"
+    said = fit("a run", "--max_iters=1")
+    assert said.endswith(f"next: ./run '{folder}/model.bin' -z {data_dir}/tok{VOCAB}.bin\n"), said
+    assert "next:" not in fit("a run", "--eval_only", "--init_from=resume")
+    assert "this model is new" in fit("new", "--eval_only")
+    assert "this model is new" not in fit("a run", "--eval_only", "--init_from=resume")
+
+
+def test_weeks_on_a_cpu_are_told_before(fit, capsys):
+    assert "days" not in fit("small", "--max_iters=1")
+    model = Transformer(ModelArgs(dim=288, n_layers=6, n_heads=6, vocab_size=32000, max_seq_len=256))
+    train.warn_of_weeks(model, 100_000 * 131_072)
+    assert "README, Training" in capsys.readouterr().err
+    train.warn_of_weeks(model, 1000 * 4096)
+    assert not capsys.readouterr().err
