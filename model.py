@@ -43,6 +43,14 @@ def opt(default, text: str, **extra):
     return field(default=default, metadata={"help": text, **extra})
 
 
+def check_numbers(config, **least: float) -> None:
+    """ValueError for a number in a dataclass that is not finite, or below its least (0 where not named)."""
+    for f in fields(config):
+        value, low = getattr(config, f.name), least.get(f.name, 0)
+        if isinstance(value, int | float) and not low <= value < math.inf:
+            raise ValueError(f"{f.name}={value} must be at least {low}")
+
+
 MAX_SEQ_LEN = 2**24
 
 
@@ -612,7 +620,6 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
         ValueError,
         EOFError,
         OSError,
-        NotImplementedError,
         zlib.error,
         zipfile.BadZipFile,
         pickle.UnpicklingError,
@@ -778,6 +785,12 @@ def numbered(folder: str, stem: str) -> list[str]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [m for m in (re.fullmatch(rf"{stem}-(\d+)\.(pt|dcp)", name) for name in names) if m]
     return [os.path.join(folder, m[0]) for m in sorted(found, key=lambda m: int(m[1]))]
+
+
+def state_paths(folder: str, stem: str) -> list[str]:
+    """Paths of all states of a run in a folder: STEM.pt, the newest, and the numbered ones."""
+    paths = os.path.join(folder, stem + ".pt"), *numbered(folder, stem)
+    return [path for path in paths if os.path.exists(path)]
 
 
 def save_state(folder: str, stem: str, checkpoint: dict, keep: int = 1, tensors: dict | None = None) -> None:
@@ -960,7 +973,7 @@ def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = N
     return tokenizer
 
 
-def printable(text: str) -> str:
+def showable(text: str) -> str:
     """text without the control characters that a terminal would obey, as run.c prints it."""
     return re.sub(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", "", text)
 
@@ -975,7 +988,7 @@ class TextStream:
         self.ids.append(token)
         # bytes still waiting for the rest of a character
         text = self.tokenizer.decode(self.ids).rstrip("\ufffd")
-        print(printable(text[self.shown :]), end="", flush=True)
+        print(showable(text[self.shown :]), end="", flush=True)
         self.shown = len(text)
 
 
@@ -1061,7 +1074,7 @@ def main(argv: list[str] | None = None) -> None:
     if stream:
         print()
     else:
-        print("\n---------------\n".join(printable(tokenizer.decode(prompt + ids)) for ids in samples))
+        print("\n---------------\n".join(showable(tokenizer.decode(prompt + ids)) for ids in samples))
     print(f"{sum(map(len, samples)) / seconds:.0f} tok/s", file=sys.stderr)
 
 

@@ -21,8 +21,9 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 try:
     import torch
@@ -38,16 +39,17 @@ from model import (
     SHARDED,
     ModelArgs,
     Transformer,
+    check_numbers,
     decode,
     fill_shards,
     model_from_checkpoint,
     newest_state,
-    numbered,
     opt,
     sample,
     save_checkpoint,
     save_state,
     shards,
+    state_paths,
 )
 
 ROLLOUT_ROWS = 200  # episodes decoded together on a CPU core
@@ -60,6 +62,8 @@ CURVE = {  # columns of report.csv, and their names in metrics.jsonl
     **{name: f"ppo/{name}" for name in ("episodes", "reward", "mae", "kl", "J", "length", "ended")},
     "seconds": "ppo/iteration_seconds",
 }
+# settings that held-out stories depend on
+HELD_OUT = ("eval_iters", "eval_samples", "batch_size", "start_len", "prompts", "max_gen_len", "data_dir")
 EVAL_SEED = 2**40  # of the random numbers of held-out responses, the same at every evaluation
 
 # ---- configuration -----------------------------------------------------------------------------------
@@ -147,25 +151,18 @@ class PPOConfig:
     eval_samples: int = opt(4, "responses to each of the eval_iters * batch_size held-out prompts")
 
     def __post_init__(self):
-        least = {
-            "target_len": 1,
-            "start_len": 1,
-            "max_gen_len": 1,
-            "group_size": 1,
-            "ppo_epochs": 1,
-            "eval_samples": 1,
-            "kl_horizon": 1,
-        }
-        for f in fields(self):
-            value, low = getattr(self, f.name), least.get(f.name, 0)
-            if isinstance(value, int | float) and not low <= value < math.inf:
-                raise ValueError(f"{f.name}={value} must be at least {low}")
+        one = "target_len start_len max_gen_len group_size ppo_epochs eval_samples kl_horizon"
+        check_numbers(self, **dict.fromkeys(one.split(), 1))
         if self.lam > 1:
             raise ValueError(f"lam={self.lam} must be in [0, 1]")
         if self.clip >= 1:
             raise ValueError(f"clip={self.clip} must be below 1")
         if self.others != 1 and not self.exact_end:
             raise ValueError(f"others={self.others} has a meaning with exact_end only; add --exact_end")
+        if self.keywords and not any(name == "keyword" for name in reward_names(self.reward)):
+            raise ValueError(f"keywords={self.keywords} has a meaning with --reward=keyword only; add that")
+        if self.adaptive_kl and not (self.init_kl_coef and self.kl_target):
+            raise ValueError("adaptive_kl multiplies init_kl_coef, by kl_target's measure: neither may be 0")
         if self.advantage != "gae" and self.group_size < 2:
             raise ValueError(
                 f"advantage={self.advantage} compares responses to one prompt; add --group_size=4, say"
@@ -218,6 +215,7 @@ def reward_from_file(spec: str) -> Reward:
         raise SystemExit(f"--reward={spec}: {path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look theirs up there
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # it may import what lies beside it
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:  # the user's code may raise anything
@@ -239,9 +237,9 @@ def terms(spec: str) -> list[str]:
     return [spec] if os.path.isfile(spec.rpartition(":")[0]) else spec.split("+")
 
 
-def wants_length(spec: str) -> bool:
-    """Whether the built-in length reward is part of --reward=spec."""
-    return any(term.rpartition("*")[2].strip() == "length" for term in terms(spec))
+def reward_names(spec: str) -> list[str]:
+    """The names in --reward=spec, without their weights."""
+    return [term.rpartition("*")[2].strip() for term in terms(spec)]
 
 
 class Scorer:
@@ -861,7 +859,7 @@ class PPO:
         The learning rate falls to 0 each time: a critic that still jitters makes noise of the advantages.
         """
         params = list(self.critic.parameters())
-        optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), eps=1e-5)
+        optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.01)
         generator, size = self.generator(2, self.iter_num), max(1, self.cfg.batch_size // 2)
         for epoch in range(epochs):
             jobs = [
@@ -1206,6 +1204,11 @@ class PPO:
     def resume(self, state: dict, path: str) -> None:
         """Go on exactly where state was saved. Raises SystemExit if it is not of this reference and shape."""
         self.check_origin(state, path)
+        flags = asdict(self.cfg) | asdict(self.ppo)
+        if same := all(state["config"][name] == flags[name] for name in HELD_OUT):
+            self.evaluation, self.best = state["evaluation"], state["best"]
+        else:  # the optimum and the best are of other stories; so far the policy is the reference
+            self.evaluate()
         try:
             if state["trained"] != self.names or (state["critic"] is None) != (self.critic is None):
                 raise ValueError("other parts are trained")
@@ -1226,12 +1229,12 @@ class PPO:
                 f"{path} away to begin anew"
             ) from None
         self.iter_num, self.first = state["iter_num"], state["first_iter"]
-        self.saved, self.best = self.iter_num, state["best"]
+        self.saved = self.iter_num
         if self.ppo.adaptive_kl:
             self.beta = state["beta"]
         self.moments = RunningMoments(**state["moments"])
         self.episodes, self.seconds, self.skipped = (state[k] for k in ("episodes", "seconds", "skipped"))
-        self.evaluation, self.evaluated = state["evaluation"], state["evaluated"]
+        self.evaluated = state["evaluated"] and same
         self.replay = [self.replayed(saved) for saved in state["replay"]]
 
     def replayed(self, saved: dict) -> dict[str, torch.Tensor]:
@@ -1255,9 +1258,8 @@ class PPO:
         folder, runtime, state = self.cfg.out_dir, self.runtime, self.state()
         path = os.path.join(folder, "ppo_model.bin")
         kept_best = os.path.join(folder, "ppo_best.pt")
-        first = any(runtime.total(runtime.rank == 0 and not os.path.exists(kept_best)))
         try:
-            if best or first:
+            if best or self.best[0] == -math.inf:  # no best of this run yet: what is there is another's
                 weights = runtime.whole_weights(self.policy)
                 if runtime.rank == 0:
                     write_model(path, self.args, weights)
@@ -1307,7 +1309,8 @@ def progress(run: PPO, values: dict[str, float]) -> str:
     parts = f" ({', '.join(parts)})" if len(parts) > 1 else f", MAE {v['mae']:.1f}" if "mae" in v else ""
     left, kl = (run.last - run.iter_num) * v["iteration_seconds"], max(v["kl"], 0.0)  # no -0.00
     eta = f"{left / 3600:.1f} h" if left > 5400 else f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
-    stop = ", stopped early" * bool(v["stopped_early"])
+    warmup = run.critic is not None and run.iter_num <= run.first + run.ppo.critic_warmup
+    stop = ", only the critic learnt" if warmup else ", stopped early" * bool(v["stopped_early"])
     return (
         f"{run.iter_num} | reward {v['reward']:.3f}{parts} | J {v['J']:.3f} | KL {kl:.2f} | entropy "
         f"{v['entropy']:.2f} | clipped {100 * v['clip_fraction']:.1f}% | length {v['length']:.1f} ± "
@@ -1329,6 +1332,27 @@ def verdict(run: PPO, values: dict[str, float], best: bool) -> str:
     return line + " (best so far)" * best
 
 
+@contextmanager
+def kept(run: PPO, write_model: Callable[[str, ModelArgs, dict], None]) -> Iterator[None]:
+    """If a reward fails in here, nothing of what was learned before is lost."""
+    moments = copy.copy(run.moments)
+    try:
+        yield
+    except SystemExit:
+        run.moments = moments
+        if run.runtime.alone and not run.cfg.eval_only and run.iter_num > max(run.saved, run.first):
+            run.save(write_model, best=False)
+        raise
+
+
+def say_stopped(iter_num: int, runtime) -> None:
+    more = [] if "--init_from=resume" in sys.argv else ["--init_from=resume"]  # the last one counts
+    again = shlex.join(["python", *sys.argv, *more])
+    if runtime.world_size > 1:
+        again = "the same torchrun command with --init_from=resume"
+    print(f"stopped after iteration {iter_num}, saved; to go on: {again}", file=sys.stderr)
+
+
 def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArgs, dict], None]) -> None:
     """The loop: evaluate and save when due, stop when asked or done, else iterate. metrics on rank 0 only."""
     cfg, runtime = run.cfg, run.runtime
@@ -1336,7 +1360,8 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
         done = run.iter_num >= run.last
         due = (run.iter_num - run.first) % cfg.eval_interval == 0 or done or cfg.eval_only
         if due and (not run.evaluated or cfg.eval_only):
-            values = run.evaluate()
+            with kept(run, write_model):
+                values = run.evaluate()
             held_out = values["ppo/eval/reward"], values["ppo/eval/kl"]
             best = run.iter_num > run.first and run.is_best(*held_out)
             if metrics:
@@ -1350,7 +1375,8 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
         (asked,) = runtime.total(interrupt.asked)
         if done or asked or cfg.eval_only:
             break
-        values = run.iteration()
+        with kept(run, write_model):
+            values = run.iteration()
         if metrics:
             metrics.log(run.iter_num, values)
             print(progress(run, values), flush=True)
@@ -1363,12 +1389,8 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
     if asked and not done and not cfg.eval_only:
         if run.saved < run.iter_num:
             run.save(write_model, best=False)
-        if not metrics:
-            return
-        again = shlex.join(["python", *sys.argv])
-        if runtime.world_size > 1:
-            again = "the same torchrun command"
-        print(f"stopped after iteration {run.iter_num}, saved; to go on: {again}", file=sys.stderr)
+        if metrics:
+            say_stopped(run.iter_num, runtime)
 
 
 # ---- report ------------------------------------------------------------------------------------------
@@ -1424,8 +1446,8 @@ def write_curve(path: str, steps: list[dict]) -> None:
 def report(out_dir: str) -> tuple[str, str]:
     """Make report.csv and report.png in out_dir, from metrics.jsonl and ppo_ckpt.pt; returns their paths."""
     steps, evals = read_metrics(os.path.join(out_dir, "metrics.jsonl"))
-    states = [os.path.join(out_dir, "ppo_ckpt.pt"), *numbered(out_dir, "ppo_ckpt")]
-    _, state = newest_state(list(filter(os.path.exists, states)) or states, lazily=True)
+    paths = state_paths(out_dir, "ppo_ckpt") or [os.path.join(out_dir, "ppo_ckpt.pt")]
+    _, state = newest_state(paths, lazily=True)
     if not steps or "before" not in state.get("evaluation", {}):
         raise SystemExit(
             f"{out_dir} holds no iteration of PPO yet; run: python train.py --out_dir={out_dir} "
@@ -1470,7 +1492,7 @@ def draw(path: str, title: str, steps: list[dict], evals: list[dict], state: dic
     axes[0, 2].legend()
     ax = axes[1, 0]
     curve(ax, "length", "length, tokens")
-    if wants_length(config["reward"]):
+    if "length" in reward_names(config["reward"]):
         ax.axhline(config["target_len"], color="gray", ls=":")
     ax = axes[1, 1]
     bins = range(0, int(max(before["lengths"].max(), after["lengths"].max())) + 10, 10)
@@ -1503,6 +1525,8 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse_args(argv)
     try:
         print(*report(args.out_dir), sep="\n")
+    except KeyboardInterrupt:
+        raise SystemExit("stopped") from None
     except OSError as e:
         raise SystemExit(
             f"cannot report on {args.out_dir} ({e}); see to that, then run the same again"

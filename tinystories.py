@@ -1384,13 +1384,18 @@ class TokenBatches:
             self._batch = 0
         return self
 
+    def __len__(self) -> int:
+        """How many batches of the val split are this rank's."""
+        batches = -(-(self.num_tokens - 1) // (self.batch_size * self.max_seq_len))
+        batches = batches if self.max_batches is None else min(batches, self.max_batches)
+        return -(-(batches - self.rank) // self.world_size)
+
     def __next__(self):
         import torch  # 2.8 s, which only training should pay
 
         B, T, N = self.batch_size, self.max_seq_len, self.num_tokens
         k = self._batch * self.world_size + self.rank
-        if self.split == "val" and (k * B * T >= N - 1
-                                    or self.max_batches is not None and k >= self.max_batches):
+        if self.split == "val" and self._batch >= len(self):
             raise StopIteration
         self._batch += 1
         rows = np.full((B, T + 1), -1, np.int64)

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -54,26 +55,28 @@ from model import (
     SHARDED,
     ModelArgs,
     Transformer,
+    check_numbers,
     fill_shards,
     find_tokenizer,
     generate,
     load_checkpoint,
     model_from_checkpoint,
     newest_state,
-    numbered,
     opt,
     pick_device,
-    printable,
     save_checkpoint,
     save_state,
     shards,
+    showable,
+    state_paths,
 )
-from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, train_ppo, wants_length
+from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, reward_names, say_stopped, train_ppo
 from tinystories import StoryStarts, TokenBatches, command, pretokenize_again, read_meta, token_dir
 from tokenizer import CommandLine, atomic_write, did_you_mean, lock, tokenizer_path
 
 # Above so many parameters the gradients of several parts at once would take too much memory
 THREADED_PARAMETERS = 50_000_000
+SAVE_SECONDS = 900  # a run that is killed loses no more than so much
 # Peak dense bf16 FLOP/s by a part of the device's name, for MFU
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12, "L4": 121e12}
 
@@ -135,36 +138,15 @@ class TrainConfig:
     seed: int = opt(1337, "of initial weights, order of data, and dropout")
 
     def __post_init__(self):
-        for name in (
-            "eval_interval",
-            "log_interval",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "keep",
-            "max_skipped",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in (
-            "eval_iters",
-            "max_iters",
-            "warmup_iters",
-            "lr_decay_iters",
-            "min_lr",
-            "learning_rate",
-            "weight_decay",
-            "grad_clip",
-            "seed",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0")
+        one = "eval_interval log_interval batch_size gradient_accumulation_steps keep max_skipped"
+        check_numbers(self, **dict.fromkeys(one.split(), 1))
         for name in ("out_dir", "data_dir", "init_from"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty")
         if self.seed >= 2**62:
             raise ValueError(f"seed={self.seed} must be below 2**62")
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+            if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
 
 
@@ -566,6 +548,9 @@ def check_machine(cfg: TrainConfig) -> None:
     """SystemExit for settings, given or taken over from a run elsewhere, that this machine cannot follow."""
     if pick_device(cfg.device).partition(":")[0] != "cuda" and cfg.dtype == "float16":
         raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
+    if cfg.compile == "True" and not compiler:
+        raise SystemExit("--compile needs a C++ compiler; install one (Debian: g++), or leave it out")
     for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
         if getattr(cfg, flag) and not cfg.eval_only and not importlib.util.find_spec(package):
             raise SystemExit(f"--{flag} needs a package; run: pip install {package}, or give --{flag}=False")
@@ -617,11 +602,12 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
         meet("nccl" if kind == "cuda" else "gloo")
     dtype = cfg.dtype
     if dtype == "auto" and kind == "cuda":  # cards before Ampere know no bfloat16
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif dtype == "auto":
         dtype = "float32"
-    # without Triton (Windows, say) there is nothing to compile with
-    able = kind == "cuda" and importlib.util.find_spec("triton") is not None
+    # without Triton (Windows, say), or a C compiler for it, there is nothing to compile with
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    able = kind == "cuda" and importlib.util.find_spec("triton") is not None and compiler is not None
     compiling = able if cfg.compile == "auto" else cfg.compile == "True"
     # TF32 for the fp32 products on CUDA; not in PPO: of what is rounded so, the probability ratio is not 1
     torch.set_float32_matmul_precision("highest" if ppo else "high")
@@ -635,9 +621,9 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
 
 def state_files(out_dir: str) -> list[str]:
     """States of pretraining in out_dir, which someone may have given a new ckpt.pt."""
-    last, ckpt = (os.path.join(out_dir, name) for name in ("last.pt", "ckpt.pt"))
+    ckpt = os.path.join(out_dir, "ckpt.pt")
     # of the same iteration the first counts, and ckpt.pt may be without moments
-    return [path for path in (last, *numbered(out_dir, "last"), ckpt) if os.path.exists(path)]
+    return state_paths(out_dir, "last") + [ckpt] * os.path.exists(ckpt)
 
 
 def find_state(out_dir: str, lazily: bool = False) -> tuple[str, dict]:
@@ -662,12 +648,6 @@ def begun_by_this_launch(out_dir: str) -> bool:
     return newest_state(paths, lazily=True)[1].get("launch") == launch()
 
 
-def ppo_states(out_dir: str) -> list[str]:
-    """Paths of the states of a PPO run."""
-    paths = (os.path.join(out_dir, "ppo_ckpt.pt"), *numbered(out_dir, "ppo_ckpt"))
-    return [path for path in paths if os.path.exists(path)]
-
-
 def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, str, dict]:
     """Settings, network (fp32, on the CPU), path and content of the checkpoint to go on from ("", {}: none).
 
@@ -682,7 +662,11 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
             cfg.init_from = "resume"
         if cfg.init_from == "auto":
             cfg.init_from = "resume" if state_files(cfg.out_dir) else "scratch"
-        elif cfg.init_from != "resume" and (there := state_files(cfg.out_dir)) and not cfg.eval_only:
+        elif (
+            cfg.init_from != "resume"
+            and (there := state_files(cfg.out_dir))
+            and not (cfg.eval_only and "init_from" in given)  # else it would evaluate a new model
+        ):
             raise SystemExit(
                 f"{there[0]} is a run already; go on with it by --init_from=resume, "
                 f"or choose another --out_dir"
@@ -731,8 +715,10 @@ def go_on(cfg: TrainConfig, model_given: dict, given: dict) -> tuple[TrainConfig
         print(f"from {path}, iteration {checkpoint.get('iter_num', 0)}")
     cfg = TrainConfig(**taken | given | {"init_from": cfg.init_from})
     check_machine(cfg)
-    more = resume and not cfg.eval_only and cfg.max_iters > checkpoint.get("iter_num", 0)
-    if more and (ppo := ppo_states(cfg.out_dir)):  # which compares with ckpt.pt
+    iter_num, evaluated = checkpoint.get("iter_num", 0), checkpoint.get("evaluated", "data" in checkpoint)
+    # an evaluation that is still due may make another ckpt.pt, too
+    more = resume and not cfg.eval_only and (cfg.max_iters > iter_num or not evaluated)
+    if more and (ppo := state_paths(cfg.out_dir, "ppo_ckpt")):  # which compares with ckpt.pt
         raise SystemExit(
             f"{ppo[0]} is of PPO on {cfg.out_dir}/ckpt.pt, which has to stay as it is; to go on with that, "
             f"add --ppo; to train, --init_from={cfg.out_dir}/ckpt.pt --out_dir=ANOTHER"
@@ -855,13 +841,11 @@ def evaluate(
                 batch = torch.full(shape, batches.bos_id), torch.full(shape, -1)
             yield batch
 
-    total = -(-(batches.num_tokens - 1) // (batches.batch_size * batches.max_seq_len))
-    total = -(-min(total, batches.max_batches or total) // runtime.world_size)
-    hidden = True if runtime.rank else None  # None: where it is no terminal
-    bar = {"desc": "evaluating", "unit": "batch", "delay": 3, "leave": False, "disable": hidden}
+    bar = {"desc": "evaluating", "unit": "batch", "delay": 3, "leave": False}
+    bar["disable"] = True if runtime.rank else None  # None: where it is no terminal
     model.eval()
     nats, count = 0.0, 0
-    for x, y in tqdm(shared(), total=total, **bar):
+    for x, y in tqdm(shared(), total=len(batches), **bar):
         for part_nats, part_count in runtime.map(score, split_batch(x, y, runtime)):
             nats, count = nats + part_nats, count + part_count
     model.train()
@@ -1041,7 +1025,7 @@ class Pretraining:
         elif not load_optimizer(self.optimizer, moments, self.runtime) and self.runtime.rank == 0:
             print("the checkpoint has no optimizer state: its moments start from zero", file=sys.stderr)
         if "data" in checkpoint and not self.cfg.eval_only:  # one of ours: others' best loss is of other text
-            self.best_val_loss = checkpoint["best_val_loss"]
+            self.best_val_loss = self.best_of(checkpoint)
             self.batches.load_state_dict(checkpoint["data"])
             if checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -1053,12 +1037,27 @@ class Pretraining:
             self.saved = self.iter_num
             self.set_lr(max(self.iter_num - 1, 0))
 
+    def best_of(self, checkpoint: dict) -> float:
+        """The lowest validation loss so far; if that was on other batches, what ckpt.pt has on these."""
+        cfg, was, path = self.cfg, checkpoint["config"], os.path.join(self.cfg.out_dir, "ckpt.pt")
+        same = all(was.get(name) == getattr(cfg, name) for name in ("eval_iters", "batch_size"))
+        if same or self.runtime.fsdp or checkpoint["best_val_loss"] == math.inf or not os.path.exists(path):
+            return checkpoint["best_val_loss"]
+        best = model_from_checkpoint(load_checkpoint(path), path).to(self.runtime.device)
+        loss = evaluate(best, self.val_batches, self.runtime)["loss/val"]
+        if self.runtime.rank == 0:
+            print(f"on this validation set, {path} has a loss of {loss:.4f}")
+        return loss
+
     def save(self, best: bool) -> None:
         """Write last.pt (of a split model last-ITERATION.dcp); if best, or the first, also model.bin and the
         same as ckpt.pt (of a split model without moments). All ranks call it.
         """
         folder, runtime, fsdp = self.cfg.out_dir, self.runtime, self.runtime.fsdp
-        rest = {
+        moments = self.optimizer.state_dict()
+        state = {
+            "model": {} if fsdp else self.raw_model.state_dict(),
+            "optimizer": moments | {"state": {}} if fsdp else moments,
             "model_args": asdict(self.raw_model.args),
             "iter_num": self.iter_num,
             "best_val_loss": self.best_val_loss,
@@ -1070,9 +1069,6 @@ class Pretraining:
             "evaluated": self.evaluated,
             "launch": launch(),
         }
-        moments = self.optimizer.state_dict()
-        if fsdp:
-            moments["state"] = {}
         ckpt = os.path.join(folder, "ckpt.pt")
         first = any(runtime.total(runtime.rank == 0 and not os.path.exists(ckpt)))
         try:
@@ -1081,13 +1077,10 @@ class Pretraining:
                 weights = runtime.whole_weights(self.raw_model)
                 if runtime.rank == 0:
                     write_model(os.path.join(folder, "model.bin"), self.raw_model.args, weights)
-                    save_checkpoint(ckpt, rest | {"model": weights, "optimizer": moments})
-            if fsdp:
-                tensors = shards(self.raw_model, self.optimizer)
-                save_state(folder, "last", rest | {"optimizer": moments}, self.cfg.keep, tensors)
-            elif runtime.rank == 0:
-                state = rest | {"model": self.raw_model.state_dict(), "optimizer": moments}
-                save_state(folder, "last", state, self.cfg.keep)
+                    save_checkpoint(ckpt, state | {"model": weights})
+            if fsdp or runtime.rank == 0:
+                tensors = shards(self.raw_model, self.optimizer) if fsdp else None
+                save_state(folder, "last", state, self.cfg.keep, tensors)
             self.saved = self.iter_num
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
             raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
@@ -1151,7 +1144,7 @@ def tell_story(run: Pretraining, tokenizer) -> None:
     """Print a story by the model as it is now, always from the same random numbers."""
     generator = torch.Generator().manual_seed(run.cfg.seed)
     (ids,) = generate(run.raw_model, [[tokenizer.bos_id]], 200, generator=generator)
-    show(f"  > {' '.join(printable(tokenizer.decode(ids)).split())}")
+    show(f"  > {' '.join(showable(tokenizer.decode(ids)).split())}")
 
 
 def give_up(run: Pretraining) -> None:
@@ -1173,15 +1166,25 @@ def give_up(run: Pretraining) -> None:
     )
 
 
+def log_step(run: Pretraining, metrics: Metrics, bar: tqdm, values: dict[str, float]) -> None:
+    values["lr"] = get_lr(run.cfg, run.iter_num - 1)
+    shown = {"loss": f"{values['loss/train']:.4f}", "tok/s": f"{values['tok/s']:,.0f}"}
+    if peak := peak_flops(run.runtime):
+        values["mfu"] = values["tok/s"] * run.raw_model.flops_per_token() / peak
+        shown["MFU"] = f"{100 * values['mfu']:.1f}%"
+    metrics.log(run.iter_num, values)
+    bar.set_postfix(shown)
+
+
 def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     """The loop: evaluate when due, stop when asked or done, else take a step. metrics on rank 0 only."""
     cfg, runtime, interrupt = run.cfg, run.runtime, Interrupt()
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * run.raw_model.args.max_seq_len
-    peak = peak_flops(runtime)
     bar = tqdm(total=cfg.max_iters, initial=run.iter_num, unit="it", disable=None if metrics else True)
     if run.behind and not cfg.eval_only:
         run.save(best=False)
-    since, since_iter, shown = time.perf_counter(), run.iter_num, time.perf_counter()
+    since = shown = saved = time.perf_counter()
+    since_iter = run.iter_num
     while True:
         due = run.iter_num % cfg.eval_interval == 0 or run.iter_num >= cfg.max_iters or cfg.eval_only
         if due and (not run.evaluated or cfg.eval_only):
@@ -1189,11 +1192,15 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             run.evaluate(metrics, lambda: interrupt.asked)
             if tokenizer and run.evaluated and not interrupt.asked:
                 tell_story(run, tokenizer)
-            since += time.perf_counter() - began
+            saved = time.perf_counter()
+            since += saved - began
         # whoever was asked tells the others: the ranks stop together
-        (asked,) = runtime.total(interrupt.asked)
+        asked, long_ago = runtime.total(interrupt.asked, time.perf_counter() - saved > SAVE_SECONDS)
         if run.iter_num >= cfg.max_iters or asked or cfg.eval_only:
             break
+        if long_ago:
+            run.save(best=False)
+            saved = time.perf_counter()
         loss, norm = run.step()
         bar.update()
         if run.in_a_row:
@@ -1209,12 +1216,8 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
             now = time.perf_counter()
             speed = (run.iter_num - since_iter) * tokens_per_iter / (now - since)
             since, since_iter = now, run.iter_num
-            lr = get_lr(cfg, run.iter_num - 1)
-            values = {"loss/train": loss, "lr": lr, "grad_norm": norm, "tok/s": speed}
-            if peak:
-                values["mfu"] = speed * run.raw_model.flops_per_token() / peak
             if metrics:
-                metrics.log(run.iter_num, values)
+                log_step(run, metrics, bar, {"loss/train": loss, "grad_norm": norm, "tok/s": speed})
                 if bar.disable and now - shown > 10:  # not on a terminal: a line now and then
                     shown, left = now, (cfg.max_iters - run.iter_num) * tokens_per_iter / speed
                     print(
@@ -1222,8 +1225,6 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
                         f"{left / 60:.0f} min left",
                         flush=True,
                     )
-                mfu = {"MFU": f"{100 * values['mfu']:.1f}%"} if peak else {}
-                bar.set_postfix({"loss": f"{loss:.4f}", "tok/s": f"{speed:,.0f}"} | mfu)
     bar.close()
     if run.in_a_row >= cfg.max_skipped:
         give_up(run)
@@ -1274,27 +1275,29 @@ def run_command(cfg: TrainConfig, args: ModelArgs, name: str) -> str:
     return make + shlex.join(["./run", os.path.join(cfg.out_dir, name), "-z", for_run])
 
 
-def warn_of_weeks(model: Transformer, tokens: int) -> None:
-    """Of a training on the CPU that takes weeks, as the default model's does."""
+def warn_early(cfg: TrainConfig, model: Transformer, iters: int, on_cpu: bool) -> None:
+    """Of a run of so many more iterations that takes weeks, as the default model's does on a CPU, or that
+    ends before its learning rate is reached.
+    """
+    tokens = iters * cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len
     days = model.flops_per_token() * tokens / (5e10 * (os.cpu_count() or 1)) / 86400
-    if days > 14:
+    if on_cpu and days > 14:
         print(
-            f"warning: on this CPU that takes some {days:,.0f} days; a small model is in README, Training",
+            f"warning: on this CPU that takes some {days:,.0f} days; README has a small model, on a laptop",
             file=sys.stderr,
         )
-
-
-def say_stopped(iter_num: int, runtime: Runtime) -> None:
-    again = shlex.join(["python", *sys.argv, "--init_from=resume"])  # the last one counts
-    if runtime.world_size > 1:
-        again = "the same torchrun command with --init_from=resume"
-    print(f"stopped after iteration {iter_num}, saved; to go on: {again}", file=sys.stderr)
+    if cfg.decay_lr and 0 < iters and cfg.max_iters <= cfg.warmup_iters:
+        print(
+            f"warning: --warmup_iters={cfg.warmup_iters} is longer than the run, which will not reach the "
+            f"learning rate of {cfg.learning_rate:g}; try --warmup_iters={cfg.max_iters // 10}",
+            file=sys.stderr,
+        )
 
 
 def check_lengths(ppo: PPOConfig, args: ModelArgs, prompt: int) -> None:
     """SystemExit for a prompt or a target that the context has no room for; prompt: tokens of the longest."""
     longest = min(args.max_seq_len, prompt + ppo.max_gen_len)
-    if wants_length(ppo.reward) and ppo.target_len > longest:
+    if "length" in reward_names(ppo.reward) and ppo.target_len > longest:
         limit = (
             f"--max_gen_len={ppo.max_gen_len}" if longest < args.max_seq_len else f"the context of {longest}"
         )
@@ -1317,17 +1320,17 @@ def configure_ppo(
     path = os.path.join(out_dir, "ckpt.pt")
     if given.get("init_from") not in ("resume", "auto"):
         raise SystemExit(f"--ppo fine-tunes {path}; add --init_from=resume")
-    states = ppo_states(out_dir)
+    paths = state_paths(out_dir, "ppo_ckpt")
     ppo_given = {k: v for k, v in ppo_given.items() if (k, v) != ("ppo_iters", 0)}  # which is the default
     try:
         check_early(given)
-        if not states:  # of which the rest would come
+        if not paths:  # of which the rest would come
             PPOConfig(**ppo_given)
     except ValueError as e:
         raise SystemExit(f"{e}; see: python train.py --help") from None
     split = given.get("fsdp", False)
     checkpoint = load_checkpoint(path, split)
-    state_path, state = newest_state(states, split) if states else ("", None)
+    state_path, state = newest_state(paths, split) if paths else ("", None)
     try:
         args = ModelArgs(**checkpoint["model_args"])
         for name, value in model_given.items():
@@ -1432,6 +1435,8 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
                 f"{run.policy.num_parameters():,} parameters, {trained:,} trained, on {runtime.world_size} x "
                 f"{runtime.device}; {run.size} episodes per iteration, to iteration {run.last - 1}"
             )
+            if not run.evaluated or cfg.eval_only:
+                print(f"evaluating on {len(held_out) * ppo.eval_samples} held-out stories", flush=True)
             if run.iter_num >= run.last and not cfg.eval_only:
                 print(
                     f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --ppo_iters",
@@ -1523,10 +1528,11 @@ def main(argv: list[str] | None = None) -> None:
             compiled = ", compiled (the first steps take a minute)" * runtime.compile
             print(
                 f"{model.num_parameters():,} parameters on {runtime.world_size} x {runtime.device}, "
-                f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration"
+                f"{str(runtime.dtype).removeprefix('torch.')}{compiled}; {tokens:,} tokens per iteration",
+                flush=True,
             )
-            if runtime.kind == "cpu" and not cfg.eval_only:
-                warn_of_weeks(model, tokens * (cfg.max_iters - run.iter_num))
+            if not cfg.eval_only:
+                warn_early(cfg, model, cfg.max_iters - run.iter_num, runtime.kind == "cpu")
             if cfg.eval_only and not path:
                 print("this model is new; to evaluate a trained one: --init_from=resume", file=sys.stderr)
         pretrain(run, metrics, tokenizer)

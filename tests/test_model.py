@@ -541,12 +541,12 @@ def test_a_model_for_run_c_is_told_from_a_checkpoint(dim, tmp_path):
 
 def test_stories_give_the_terminal_no_orders(capsys):
     text = "On\x1b[2Jce\x00 upon\n\ta\x7f \x9bchâteau \U0001f600"
-    assert M.printable(text) == "On[2Jce upon\n\ta château \U0001f600"
+    assert M.showable(text) == "On[2Jce upon\n\ta château \U0001f600"
     pieces = iter([text[:4], text])
     stream = M.TextStream(type("T", (), {"decode": lambda self, ids: next(pieces)})(), [])
     stream(0, 5)
     stream(0, 6)
-    assert capsys.readouterr().out == M.printable(text)
+    assert capsys.readouterr().out == M.showable(text)
 
 
 def test_a_start_of_broken_utf8_can_be_printed():

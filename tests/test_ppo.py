@@ -1762,7 +1762,7 @@ def test_report_draws_and_says_what_is_missing(tune, tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("reward", ["length", "keyword"])
 def test_report_tells_the_learning_curve(reward, tune, tmp_path, monkeypatch):
-    tune("out", "--ppo_iters=2", f"--reward={reward}", "--keywords=a")
+    tune("out", "--ppo_iters=2", f"--reward={reward}", *["--keywords=a"] * (reward == "keyword"))
     monkeypatch.setattr(ppo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         ppo.main(["report", str(tmp_path / "out")])
@@ -2304,3 +2304,80 @@ def test_responses_to_a_prompt_lie_together():
     with pytest.raises(KeyError):
         run.iteration()
     assert seen == [prompt for prompt in some_prompts(0, 4) for _ in range(4)]
+
+
+# ---- what could be lost, or be wrong without a word ---------------------------------------------------
+
+
+def test_an_evaluation_that_is_due_does_not_replace_the_reference(tune, tmp_path):
+    """Pretraining was stopped before one; it may make another ckpt.pt, which PPO compares with."""
+    flags = ["--init_from=resume", "--device=cpu", f"--max_iters={PRETRAINED}"]
+    tune("out", "--ppo_iters=1")
+    last = tmp_path / "out" / "last.pt"
+    train.save_checkpoint(str(last), load_checkpoint(last) | {"evaluated": False, "best_val_loss": 1e9})
+    reference = (tmp_path / "out" / "ckpt.pt").read_bytes()
+    with pytest.raises(SystemExit, match="has to stay as it is"):
+        tune("out", all_flags=flags)
+    assert (tmp_path / "out" / "ckpt.pt").read_bytes() == reference
+
+
+FAILING = """
+import os, beside
+def f(prompts, stories, tokens, ended):
+    with open(__file__ + ".calls", "a") as file:
+        file.write(".")
+    if FAIL and os.path.getsize(__file__ + ".calls") == 4:  # in the third iteration
+        raise ValueError("no such word")
+    return [-len(row) / 100 for row in tokens]
+"""
+
+
+def test_a_reward_that_fails_late_loses_nothing(tune, tmp_path):
+    (tmp_path / "beside.py").write_text("")  # which the reward imports
+    for name in ("whole", "cut"):
+        (tmp_path / f"{name}.py").write_text(f"FAIL = {name == 'cut'}\n" + FAILING)
+    flags = ["--ppo_iters=4", "--eval_interval=100", "--reward_norm"]
+    tune("whole", *flags, f"--reward={tmp_path}/whole.py:f")
+    with pytest.raises(SystemExit, match="no such word"):
+        tune("cut", *flags, f"--reward={tmp_path}/cut.py:f")
+    assert state(tmp_path / "cut")["iter_num"] == PRETRAINED + 2
+    tune("cut", all_flags=["--ppo", "--init_from=resume", "--device=cpu"])
+    assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("flags", [["--keywords=dog"], ["--adaptive_kl", "--init_kl_coef=0"],
+                                   ["--adaptive_kl", "--kl_target=0"]])
+def test_settings_that_nothing_reads_are_refused(tune, flags):
+    with pytest.raises(SystemExit, match=flags[0][2:].partition("=")[0]):
+        tune("out", *flags)
+
+
+def test_iterations_in_which_only_the_critic_learns_say_so(tune):
+    lines = [line for line in tune("out", "--ppo_iters=2", "--critic_warmup=1").splitlines() if "| J" in line]
+    assert ["only the critic learnt" in line for line in lines] == [True, False]
+
+
+def test_other_held_out_stories_are_judged_anew(tune, tmp_path):
+    """The optimum, and the best so far, of a run are of the stories that it was evaluated on."""
+    more = ["--max_gen_len=20", "--start_len=2"]
+    tune("out", "--ppo_iters=2")
+    tune("out", "--ppo_iters=4", *more)
+    tune("new", "--ppo_iters=2", *more)
+    out, new = ([m for m in metrics(tmp_path / name) if "ppo/eval/J" in m] for name in ("out", "new"))
+    # both know the same "before", that of the reference
+    before, again = (state(tmp_path / name)["evaluation"]["before"] for name in ("out", "new"))
+    assert same(before, again)
+    assert out[-1]["ppo/eval/J_optimum"] == new[-1]["ppo/eval/J_optimum"] != out[0]["ppo/eval/J_optimum"]
+    best = state(tmp_path / "out")["best"]
+    later = [(m["ppo/eval/reward"], m["ppo/eval/kl"]) for m in out if m["iter"] > PRETRAINED][1:]
+    assert best in later
+
+
+def test_the_best_of_a_run_before_goes_with_it(tune, tmp_path):
+    tune("out", "--ppo_iters=2")
+    (tmp_path / "out" / "ppo_ckpt.pt").unlink()
+    before = (tmp_path / "out" / "ppo_best.pt").read_bytes()
+    (tmp_path / "cut.py").write_text("STOP = True\n" + STOPPING)
+    tune("out", "--ppo_iters=4", "--eval_interval=4", f"--reward={tmp_path}/cut.py:f")
+    assert "cut.py" in load_checkpoint(tmp_path / "out" / "ppo_best.pt")["config"]["reward"]
+    assert (tmp_path / "out" / "ppo_best.pt").read_bytes() != before

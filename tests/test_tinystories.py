@@ -1665,7 +1665,10 @@ def test_val_max_batches(tmp_path):
                 list(ts.TokenBatches(folder, "val", 2, 8))[:3])
     for rank, count in ((0, 2), (1, 1)):
         batches = ts.TokenBatches(folder, "val", 2, 8, max_batches=3, rank=rank, world_size=2)
-        assert len(list(batches)) == count
+        assert len(list(batches)) == len(batches) == count
+    for rank in range(4):  # also a rank without any
+        batches = ts.TokenBatches(folder, "val", 3, 8, rank=rank, world_size=4)
+        assert len(list(batches)) == len(batches)
 
 
 def test_val_pads_with_bos(tmp_path):

@@ -1,7 +1,6 @@
 """train.py: whole runs on a small data folder, compared with brute force and with each other."""
 
 import errno
-import itertools
 import json
 import math
 import os
@@ -176,6 +175,9 @@ class Fixed:
 
     def __init__(self, batches):
         self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
 
     def __iter__(self):
         return iter(self.batches)
@@ -493,7 +495,7 @@ def test_a_foreign_model_that_foresees_worse_than_chance_is_warned_of(fit, tmp_p
 def test_divergence_stops_before_anything_good_is_overwritten(fit, tmp_path, monkeypatch):
     real, evaluations = train.evaluate, []
 
-    def evaluate(model, batches, runtime):
+    def evaluate(model, batches, runtime, *stop):
         evaluations.append(0)
         if len(evaluations) == 3:  # as a weight that became inf would make it
             train.nn.init.constant_(model.norm.weight, math.inf)
@@ -1091,13 +1093,14 @@ def test_resume_takes_this_machines_device(fit, tmp_path, monkeypatch):
 
 
 def test_speed_is_of_all_iterations_since(fit, tmp_path, monkeypatch):
-    clock = itertools.count()
-    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
+    took, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: took.append(0.5) or step(*args))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: sum(took))
     fit("out", "--max_iters=8", "--log_interval=4", "--eval_interval=100")
     first, second = [
         json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines() if "tok/s" in x
     ]
-    assert second["tok/s"] == 4 * 2 * 8 * 64  # 4 iterations a tick
+    assert first["tok/s"] == second["tok/s"] == 2 * 8 * 64 / 0.5
 
 
 def test_the_rate_that_is_logged_is_that_of_the_step(fit, tmp_path):
@@ -1175,17 +1178,72 @@ def test_ctrl_c_ends_an_evaluation(fit, tmp_path, monkeypatch, at):
 
 def test_the_end_says_what_is_next(fit, tmp_path, data_dir):
     folder = tmp_path / "a run"
-    said = fit("a run", "--max_iters=1")
+    said = fit("a run", "--max_iters=1", "--warmup_iters=0")
     assert said.endswith(f"next: ./run '{folder}/model.bin' -z {data_dir}/tok{VOCAB}.bin\n"), said
     assert "next:" not in fit("a run", "--eval_only", "--init_from=resume")
     assert "this model is new" in fit("new", "--eval_only")
     assert "this model is new" not in fit("a run", "--eval_only", "--init_from=resume")
 
 
-def test_weeks_on_a_cpu_are_told_before(fit, capsys):
-    assert "days" not in fit("small", "--max_iters=1")
+def test_what_will_not_work_is_told_before(fit, capsys):
+    said = fit("short", "--max_iters=1", "--warmup_iters=0")
+    assert "days" not in said and "warmup" not in said
+    assert "--warmup_iters=3 is longer than the run" in fit("warmup", "--max_iters=3")
+    assert "warmup_iters" not in fit("warmup", "--init_from=resume", "--max_iters=3")
     model = Transformer(ModelArgs(dim=288, n_layers=6, n_heads=6, vocab_size=32000, max_seq_len=256))
-    train.warn_of_weeks(model, 100_000 * 131_072)
-    assert "README, Training" in capsys.readouterr().err
-    train.warn_of_weeks(model, 1000 * 4096)
+    train.warn_early(TrainConfig(), model, 100_000, True)
+    assert "README has a small model" in capsys.readouterr().err
+    train.warn_early(TrainConfig(), model, 100_000, False)
+    train.warn_early(TrainConfig(), model, 1, True)
     assert not capsys.readouterr().err
+
+
+def test_the_best_is_the_best_on_the_batches_of_now(fit, tmp_path):
+    """Losses on other batches say nothing: those that ckpt.pt has on them do."""
+    fit("out", "--max_iters=8", "--eval_iters=0")
+    best = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    how = "--init_from=resume", "--eval_iters=1", "--batch_size=1"
+    measured = fit("out", *how, "--eval_only")
+    loss = float(re.search(r"val loss ([\d.]+)", measured)[1])
+    said = fit("out", *how, "--max_iters=9", "--learning_rate=10", "--min_lr=10")  # which makes it worse
+    assert "(best so far)" not in said and f"has a loss of {loss:.4f}" in said, said
+    assert same(load_checkpoint(tmp_path / "out" / "ckpt.pt"), best)
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["best_val_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_run_saves_by_the_clock_too(fit, tmp_path, monkeypatch):
+    """Between evaluations that are far apart: a kill costs no more than the time between."""
+    class Killed(BaseException):
+        pass
+
+    step, took = train.train_step, []
+
+    def slow(*args):
+        if len(took) == 7:
+            raise Killed
+        took.append(train.SAVE_SECONDS / 3 + 1)
+        return step(*args)
+
+    flags = "--max_iters=9", "--eval_interval=100"
+    fit("whole", *flags)
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(train, "train_step", slow)
+        m.setattr(train.time, "perf_counter", lambda: sum(took))
+        fit("cut", *flags)
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["iter_num"] == 6
+    fit("cut", *flags, "--init_from=resume")
+    assert same(state(tmp_path / "cut"), state(tmp_path / "whole"))
+
+
+def test_only_a_new_model_is_evaluated_beside_a_run(fit):
+    fit("out", "--max_iters=1", "--warmup_iters=0")
+    with pytest.raises(SystemExit, match="--init_from=resume"):
+        fit("out", "--eval_only")
+    assert "this model is new" in fit("out", "--eval_only", "--init_from=scratch")
+
+
+def test_compile_needs_a_compiler(fit, monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit, match="--compile needs a C"):
+        fit("out", "--compile", "--max_iters=1")
