@@ -1312,10 +1312,11 @@ def progress(run: PPO, values: dict[str, float]) -> str:
     warmup = run.critic is not None and run.iter_num <= run.first + run.ppo.critic_warmup
     stop = ", only the critic learnt" if warmup else ", stopped early" * bool(v["stopped_early"])
     return (
-        f"{run.iter_num} | reward {v['reward']:.3f}{parts} | J {v['J']:.3f} | KL {kl:.2f} | entropy "
-        f"{v['entropy']:.2f} | clipped {100 * v['clip_fraction']:.1f}% | length {v['length']:.1f} ± "
-        f"{v['length_deviation']:.1f}, {100 * v['ended']:.0f}% ended | {v['tok/s']:,.0f} tok/s, "
-        f"{v['iteration_seconds']:.1f} s{stop} | {eta} left"
+        f"{run.iter_num} ({run.iter_num - run.first} of {run.last - run.first}) | reward {v['reward']:.3f}"
+        f"{parts} | J {v['J']:.3f} | KL {kl:.2f} | entropy {v['entropy']:.2f} | clipped "
+        f"{100 * v['clip_fraction']:.1f}% | length {v['length']:.1f} ± {v['length_deviation']:.1f}, "
+        f"{100 * v['ended']:.0f}% ended | {v['tok/s']:,.0f} tok/s, {v['iteration_seconds']:.1f} s{stop} | "
+        f"{eta} left"
     )
 
 

@@ -1433,7 +1433,7 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
             trained = sum(p.numel() for p in run.trained)
             print(
                 f"{run.policy.num_parameters():,} parameters, {trained:,} trained, on {runtime.world_size} x "
-                f"{runtime.device}; {run.size} episodes per iteration, to iteration {run.last - 1}"
+                f"{runtime.device}; {max(run.last - run.iter_num, 0)} iterations of {run.size} episodes"
             )
             if not run.evaluated or cfg.eval_only:
                 print(f"evaluating on {len(held_out) * ppo.eval_samples} held-out stories", flush=True)
