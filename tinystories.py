@@ -369,8 +369,10 @@ def shard_files(data_dir: str) -> list[str]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = sorted((name for name in names if shard_number(name) >= 0), key=shard_number)
     if len(names) < 2 or shard_number(names[0]) != 0:
+        there = os.path.isdir(folder)  # which is not replaced without being told to
+        how, force = ("put back what is missing, or run", "--force") if there else ("run", "")
         raise SystemExit(f"no stories in {folder} (data00.json for validation and more for training); "
-                         f"run: {command('download', data_dir)} (or synth, or import FILE)")
+                         f"{how}: {command('download', data_dir, more=force)} (or synth, or import FILE)")
     return [os.path.join(folder, name) for name in names]
 
 

@@ -901,6 +901,14 @@ def test_pretokenize_in_parts(tok, capsys):
     assert content(folder)["data04.bin"] == whole["data04.bin"] and ts.read_meta(str(folder))
 
 
+def test_a_missing_validation_shard(data):
+    """download would say that the stories are there already."""
+    ts.shard_files(data)
+    Path(ts.shard_files(data)[0]).unlink()
+    refuses(f"put back what is missing, or run: {ts.command('download', data, more='--force')} (or",
+            ts.shard_files, data)
+
+
 def test_synth_in_parts(tmp_path, capsys):
     flags = ["--num_stories=47", "--num_shards=5", "--seed=3"]
     ts.main(["synth", f"--data_dir={tmp_path / 'a'}", *flags])
