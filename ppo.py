@@ -42,6 +42,7 @@ from model import (
     check_numbers,
     decode,
     fill_shards,
+    load_checkpoint,
     model_from_checkpoint,
     newest_state,
     opt,
@@ -569,7 +570,7 @@ def ppo_loss(
 
 def adapt(beta: float, kl: float, cfg: PPOConfig, episodes: int) -> float:
     """beta after so many episodes with this mean KL (Ziegler et al. 2019, sec. 2.2)."""
-    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2) if cfg.kl_target else 0.0
+    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
     return beta * (1 + error * min(episodes / cfg.kl_horizon, 1))  # a huge rollout must not turn its sign
 
 
@@ -1121,6 +1122,8 @@ class PPO:
         """Held-out prompts, always with the same random numbers: describe, and the text's quality."""
         samples = self.ppo.eval_samples
         prompts = [prompt for prompt in self.eval_prompts for _ in range(samples)]
+        if self.runtime.rank == 0:
+            print(f"evaluating on {len(prompts)} held-out stories", flush=True)
         u = torch.rand(len(prompts), self.longest, generator=torch.Generator().manual_seed(EVAL_SEED))
         # no more at once than in training, or than is little for a GPU: features are large
         parts, rows = [], self.size if self.runtime.kind == "cpu" else max(self.size, GPU_EVAL_ROWS)
@@ -1207,8 +1210,14 @@ class PPO:
         flags = asdict(self.cfg) | asdict(self.ppo)
         if same := all(state["config"][name] == flags[name] for name in HELD_OUT):
             self.evaluation, self.best = state["evaluation"], state["best"]
-        else:  # the optimum and the best are of other stories; so far the policy is the reference
-            self.evaluate()
+        else:  # the optimum and the best are of other stories: both are judged again
+            self.evaluate()  # so far the policy is the reference
+            path_of_best = os.path.join(self.cfg.out_dir, "ppo_best.pt")
+            if state["best"][0] > -math.inf and os.path.exists(path_of_best):
+                self.iter_num = state["iter_num"]  # what follows is not "before"
+                self.runtime.load_weights(self.policy, load_checkpoint(path_of_best)["model"])
+                values = self.evaluate()
+                self.best = values["ppo/eval/reward"], values["ppo/eval/kl"]
         try:
             if state["trained"] != self.names or (state["critic"] is None) != (self.critic is None):
                 raise ValueError("other parts are trained")

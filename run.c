@@ -1264,7 +1264,10 @@ static KVCache new_cache(const Model *m, int n) {
     KVCache cache = {.room = round_up((size_t)n, LANES)};
     const size_t position = (size_t)c->n_layers * (size_t)c->kv_dim * c->kv_bytes, bytes = 2 * cache.room * position;
     cache.block = calloc(2 * cache.room + CACHE_LINE, position);
-    if (!cache.block) die("", "out of memory for the keys and values of %d tokens: %.0f MB", n, (double)bytes / 1e6);
+    if (!cache.block) {
+        die("", "out of memory for the keys and values of %d tokens: %.0f MB; fewer (-n) take less", n,
+            (double)bytes / 1e6);
+    }
     cache.keys = (unsigned char *)cache.block + -(uintptr_t)cache.block % CACHE_LINE;
     cache.values = cache.keys + bytes / 2;
 #ifdef MADV_HUGEPAGE
@@ -2445,7 +2448,7 @@ static void generate(Session *s, const Text *text, int count, uint64_t seed, Sta
     const double seconds = end - (prompt.fed == 1 ? prompted : start);
     if (count > 1) {
         fprintf(stderr, "achieved tok/s: %f (%ld tokens in %d stories)\n",
-                per_second(stats->decoded, stats->decode), stats->decoded + count, count);  // each one's first, too
+                per_second(stats->decoded, stats->decode), stats->decoded + (prompt.fed == t->n ? count : 0), count);
     } else if (pos > 1 && seconds > 0) {
         fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
                 prompt.fed == t->n && ends(stories[0].next) ? "" : ", cut off");
@@ -2654,7 +2657,7 @@ static const char usage[] =
     "  -m, --mode MODE       generate (default) or chat\n"
     "  -y, --system TEXT     system prompt for chat\n"
     "  --template NAME       llama2 (default), or plain for a model trained with none\n"
-    "  -b, --batch N         tell N stories at once, with the seeds -s, -s + 1, ...\n"
+    "  -b, --batch N         tell N stories, up to 32 at once, with the seeds -s, -s + 1, ...\n"
     "  -j, --threads N       at most, default as many as there are cores; one while that is faster\n"
     "  --draft N             guess up to N tokens ahead with a coarse copy of fp32 weights, which tells the same\n"
     "                        story sooner where a model is larger than the caches: default 15 there, else 0: off\n"
@@ -2782,7 +2785,9 @@ static Options parse_options(int argc, char **argv) {
     const bool story = !o.chat && !o.tokens && !o.logits && !o.perplexity;
     if (o.stories > 1 && !story) die("-b", "is for stories, not for %s; leave one of them out" SEE_HELP, other);
     if ((o.system || o.plain) && !o.chat) die(o.system ? "-y" : "--template", "is for a chat; add -m chat" SEE_HELP);
-    if (o.steps >= 0 && o.perplexity) die("-n", "is for stories, not for --perplexity; leave it out" SEE_HELP);
+    if (o.perplexity && (o.steps >= 0 || o.prompt || o.file)) {
+        die(o.steps >= 0 ? "-n" : o.prompt ? "-i" : "-f", "is for stories, not for --perplexity; leave it out" SEE_HELP);
+    }
     if (o.stats && (o.tokens || o.logits)) die("--stats", "measures nothing with %s; leave it out" SEE_HELP, other);
     if (o.steps < 0) o.steps = o.chat ? 0 : 256;
     if (o.prompt && o.file) die("-f", "the prompt is already given with -i; leave one of them out");

@@ -997,11 +997,14 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
         restore(stories_dir(data_dir))
         proto, shards = make_vocab(data_dir, vocab_size, num_shards)
         model = tokenizer_path(data_dir, vocab_size)
+        for_run = os.path.splitext(model)[0] + ".bin"
         if os.path.isfile(model):
             keep_another(model, proto)
+        elif os.path.isfile(for_run):  # of a model of others, and nothing to make it of again
+            keep_another(for_run, b"")
         with atomic_write(model) as f:
             f.write(proto)
-        for_run = Tokenizer(model).export()
+        Tokenizer(model).export(for_run)
     print(f"{model} and, for ./run, {for_run}: {vocab_size} pieces from {shards} shards; next: "
           + command("pretokenize", data_dir, vocab_size))
 

@@ -548,12 +548,19 @@ def check_machine(cfg: TrainConfig) -> None:
     """SystemExit for settings, given or taken over from a run elsewhere, that this machine cannot follow."""
     if pick_device(cfg.device).partition(":")[0] != "cuda" and cfg.dtype == "float16":
         raise SystemExit("--dtype=float16 needs a CUDA device; try --dtype=float32")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
-    if cfg.compile == "True" and not compiler:
+    if cfg.compile == "True" and not compiler(pick_device(cfg.device).partition(":")[0]):
         raise SystemExit("--compile needs a C++ compiler; install one (Debian: g++), or leave it out")
     for flag, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
         if getattr(cfg, flag) and not cfg.eval_only and not importlib.util.find_spec(package):
             raise SystemExit(f"--{flag} needs a package; run: pip install {package}, or give --{flag}=False")
+
+
+def compiler(kind: str) -> str | None:
+    """What torch.compile would call: Triton, on CUDA, a C compiler; else the usual one of C++."""
+    if kind == "cuda":
+        return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return os.environ.get("CXX") or shutil.which(usual)
 
 
 def meet(backend: str) -> None:
@@ -606,8 +613,7 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
     elif dtype == "auto":
         dtype = "float32"
     # without Triton (Windows, say), or a C compiler for it, there is nothing to compile with
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    able = kind == "cuda" and importlib.util.find_spec("triton") is not None and compiler is not None
+    able = kind == "cuda" and importlib.util.find_spec("triton") is not None and compiler(kind) is not None
     compiling = able if cfg.compile == "auto" else cfg.compile == "True"
     # TF32 for the fp32 products on CUDA; not in PPO: of what is rounded so, the probability ratio is not 1
     torch.set_float32_matmul_precision("highest" if ppo else "high")
@@ -1019,10 +1025,9 @@ class Pretraining:
 
     def resume(self, path: str, checkpoint: dict) -> None:
         self.iter_num = checkpoint.get("iter_num", 0)
-        moments = checkpoint.get("optimizer")
-        if self.runtime.fsdp and path.endswith(SHARDED):
-            pass  # they are there already
-        elif not load_optimizer(self.optimizer, moments, self.runtime) and self.runtime.rank == 0:
+        there = self.runtime.fsdp and path.endswith(SHARDED)  # the moments, already
+        loaded = there or load_optimizer(self.optimizer, checkpoint.get("optimizer"), self.runtime)
+        if not loaded and self.iter_num and self.runtime.rank == 0:
             print("the checkpoint has no optimizer state: its moments start from zero", file=sys.stderr)
         if "data" in checkpoint and not self.cfg.eval_only:  # one of ours: others' best loss is of other text
             self.best_val_loss = self.best_of(checkpoint)
@@ -1198,7 +1203,7 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
         asked, long_ago = runtime.total(interrupt.asked, time.perf_counter() - saved > SAVE_SECONDS)
         if run.iter_num >= cfg.max_iters or asked or cfg.eval_only:
             break
-        if long_ago:
+        if long_ago and not run.in_a_row:  # what is skipped may come of weights that are ruined
             run.save(best=False)
             saved = time.perf_counter()
         loss, norm = run.step()
@@ -1228,6 +1233,8 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     bar.close()
     if run.in_a_row >= cfg.max_skipped:
         give_up(run)
+    if cfg.eval_only and asked:
+        raise SystemExit("stopped")
     if cfg.eval_only:
         return
     if asked and (run.iter_num < cfg.max_iters or not run.evaluated):
@@ -1280,7 +1287,7 @@ def warn_early(cfg: TrainConfig, model: Transformer, iters: int, on_cpu: bool) -
     ends before its learning rate is reached.
     """
     tokens = iters * cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len
-    days = model.flops_per_token() * tokens / (5e10 * (os.cpu_count() or 1)) / 86400
+    days = model.flops_per_token() * tokens / (6e10 * (os.cpu_count() or 1)) / 86400
     if on_cpu and days > 14:
         print(
             f"warning: on this CPU that takes some {days:,.0f} days; README has a small model, on a laptop",
@@ -1435,8 +1442,6 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
                 f"{run.policy.num_parameters():,} parameters, {trained:,} trained, on {runtime.world_size} x "
                 f"{runtime.device}; {max(run.last - run.iter_num, 0)} iterations of {run.size} episodes"
             )
-            if not run.evaluated or cfg.eval_only:
-                print(f"evaluating on {len(held_out) * ppo.eval_samples} held-out stories", flush=True)
             if run.iter_num >= run.last and not cfg.eval_only:
                 print(
                     f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --ppo_iters",

@@ -623,6 +623,11 @@ def test_train_vocab_keeps_another_vocabulary(data, capfd):
     name = f"tok350-{hashlib.sha256(b'theirs').hexdigest()[:8]}.model"
     assert Path(data, name).read_bytes() == b"theirs" and name in capfd.readouterr().out
     assert b"theirs" not in theirs.read_bytes() + Path(data, "tok350.bin").read_bytes()
+    theirs.unlink()
+    Path(data, "tok350.bin").write_bytes(b"theirs alone")
+    ts.train_vocab(data, 350, 10)
+    name = f"tok350-{hashlib.sha256(b'theirs alone').hexdigest()[:8]}.bin"
+    assert Path(data, name).read_bytes() == b"theirs alone"
 
 
 def test_train_vocab_from_a_file_gives_the_same(data, tmp_path):

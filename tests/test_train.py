@@ -1185,7 +1185,8 @@ def test_the_end_says_what_is_next(fit, tmp_path, data_dir):
     assert "this model is new" not in fit("a run", "--eval_only", "--init_from=resume")
 
 
-def test_what_will_not_work_is_told_before(fit, capsys):
+def test_what_will_not_work_is_told_before(fit, capsys, monkeypatch):
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 2)
     said = fit("short", "--max_iters=1", "--warmup_iters=0")
     assert "days" not in said and "warmup" not in said
     assert "--warmup_iters=3 is longer than the run" in fit("warmup", "--max_iters=3")
@@ -1247,3 +1248,21 @@ def test_compile_needs_a_compiler(fit, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SystemExit, match="--compile needs a C"):
         fit("out", "--compile", "--max_iters=1")
+
+
+def test_no_ruined_weights_are_saved_by_the_clock(fit, tmp_path, monkeypatch):
+    """A step may have a gradient that is finite and yet ruin the weights; those that follow are skipped."""
+    step, took = train.train_step, []
+
+    def ruining(model, *args):
+        took.append(train.SAVE_SECONDS / 3 + 1)
+        result = step(model, *args)
+        if len(took) == 4:
+            train.nn.init.constant_(model.norm.weight, math.inf)
+        return result
+
+    monkeypatch.setattr(train, "train_step", ruining)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: sum(took))
+    with pytest.raises(SystemExit, match="no good and was not saved"):
+        fit("out", "--max_iters=50", "--eval_interval=100", "--max_skipped=5")
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 3
