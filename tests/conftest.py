@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,23 @@ def shared_data(name: str) -> Path:
     return path
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that make fills, for all of xdist's workers: the first that comes does it, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not (folder / "ended").exists():
+            time.sleep(0.1)
+    else:
+        try:
+            make(folder)
+        finally:
+            (folder / "ended").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
     """300 stories in 3 shards, a vocabulary of 384 and its tokens."""
@@ -55,13 +74,14 @@ def run_program(tmp_path_factory) -> Path:
     cc = shutil.which(os.environ.get("CC", "cc"))
     if not cc:
         pytest.skip("no C compiler (cc) to build run.c with")
-    program = tmp_path_factory.mktemp("build") / "run"
     flags = ["-std=c11", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    build = subprocess.run(
-        [cc, *flags, "-o", program, ROOT / "run.c", "-lm", "-lpthread"], capture_output=True, text=True
-    )
-    assert build.returncode == 0, build.stderr
-    return program
+
+    def make(folder: Path) -> None:
+        command = [cc, *flags, "-o", folder / "run", ROOT / "run.c", "-lm", "-lpthread"]
+        build = subprocess.run(command, capture_output=True, text=True)
+        assert build.returncode == 0, build.stderr
+
+    return made_once(tmp_path_factory, "run", make) / "run"
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece as spm
+from conftest import made_once
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -103,34 +104,39 @@ class Builds:
     fast: Path       # -O2
     checked: Path    # -O1 with ASan and UBSan; as "checked harness [TOKENIZER]" it is HARNESS
     in_place: Path   # -O1; fp32 weights are read where they are in the file, as those of large models; a
-                     # container's limits are in files beside it
+                     # container's limits are in files of the folder it runs in
 
 
 @pytest.fixture(scope="session")
 def builds(run_program, tmp_path_factory):
     cc = shutil.which(os.environ.get("CC", "cc"))
-    out = tmp_path_factory.mktemp("build")
-    (out / "harness.c").write_text(HARNESS)
     common = [cc, "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-ffp-contract=off", f"-I{ROOT}"]
     # use after scope is left to the fuzzer: looking for it takes twice as long to compile
     checks = ["-DSMALL", "-g", "-O1", "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero",
               "-fno-sanitize-address-use-after-scope", "-fno-sanitize-recover=all"]
-    probe = subprocess.run([cc, "-fsanitize=address,undefined", "-xc", "-", "-o", str(out / "probe")],
+    probe = subprocess.run([cc, "-fsanitize=address,undefined", "-xc", "-",
+                            "-o", str(tmp_path_factory.mktemp("probe") / "probe")],
                            input="int main(void){return 0;}", text=True, capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("the C compiler has no -fsanitize=address,undefined (libasan, libubsan)")
-    jobs = {
-        "checked": [*common, *checks, str(out / "harness.c")],
-        "in_place": [*common, "-Werror", "-DSMALL", "-DPACKED_FP32=0", f'-DCONTAINER="{out}/"', "-O1",
-                     str(ROOT / "run.c")],
-    }
-    running = [
-        subprocess.Popen([*cmd, "-o", str(out / name), "-lm", "-lpthread"], stderr=subprocess.PIPE, text=True)
-        for name, cmd in jobs.items()
-    ]
-    for process in running:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+
+    def make(folder):
+        (folder / "harness.c").write_text(HARNESS)
+        jobs = {
+            "checked": [*common, *checks, str(folder / "harness.c")],
+            "in_place": [*common, "-Werror", "-DSMALL", "-DPACKED_FP32=0", '-DCONTAINER=""', "-O1",
+                         str(ROOT / "run.c")],
+        }
+        running = [
+            subprocess.Popen([*cmd, "-o", str(folder / name), "-lm", "-lpthread"], stderr=subprocess.PIPE,
+                             text=True)
+            for name, cmd in jobs.items()
+        ]
+        for process in running:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
+
+    out = made_once(tmp_path_factory, "checked", make)
     return Builds(run_program, out / "checked", out / "in_place")
 
 
@@ -772,7 +778,7 @@ def test_memory_for_a_story_is_memory_enough(builds, large_model, tokenizer):
     """Where there is none for a draft too, none is made. Both want the same for anything else."""
     args = builds.fast, large_model, "-z", tokenizer, "-j", 1, "-t", 0, "-n", 600
     size, ends = large_model.stat().st_size, set()
-    for room in range(4, 80, 6):
+    for room in range(4, 80, 12):
         r, plain = (limited(size + room * 1000000, *args, *more) for more in ([], ["--draft", 0]))
         assert (r.returncode, r.stdout) == (plain.returncode, plain.stdout), r.stderr
         ends.add(r.returncode)
@@ -793,24 +799,18 @@ def test_memory_for_two_stories_is_enough_for_many(builds, tmp_path, tokenizer):
 
 
 @needs_linux
-def test_limits_of_a_container(builds, large_model, tokenizer):
-    files = builds.in_place.parent / "cpu.max", builds.in_place.parent / "memory.max"
-
+def test_limits_of_a_container(builds, large_model, tokenizer, tmp_path):
     def measured(cpu, memory):
-        for file, text in zip(files, (cpu, memory), strict=True):
-            file.write_text(text)
-        r = run(builds.in_place, large_model, "-z", tokenizer, "-t", 0, "-n", 40, "--stats")
+        (tmp_path / "cpu.max").write_text(cpu)
+        (tmp_path / "memory.max").write_text(memory)
+        r = run(builds.in_place, large_model, "-z", tokenizer, "-t", 0, "-n", 40, "--stats", cwd=tmp_path)
         stats = json.loads(r.stderr.splitlines()[-1])
         return stats["threads"], stats["drafted_tokens"] > 0
 
-    try:
-        cores, _ = measured("max 100000\n", "max\n")
-        assert measured("900000000 100000\n", "900000000000\n") == (cores, True)
-        assert measured("250000 100000\n", "max\n") == (min(cores, 2), True)
-        assert measured("190000 100000\n", "30000000\n") == (1, False)
-    finally:
-        for file in files:
-            file.unlink()
+    cores, _ = measured("max 100000\n", "max\n")
+    assert measured("900000000 100000\n", "900000000000\n") == (cores, True)
+    assert measured("250000 100000\n", "max\n") == (min(cores, 2), True)
+    assert measured("190000 100000\n", "30000000\n") == (1, False)
 
 
 @needs_linux
@@ -1399,9 +1399,9 @@ def test_chat_ends_when_a_line_is_longer_than_the_context(builds, tmp_path, toke
 
 
 def test_chat_uses_the_whole_context(builds, tmp_path, tokenizer):
-    r = run(builds.checked, chat_model(tmp_path), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "",
-            stdin=b"hi\n" * 500)
-    assert r.returncode == 0 and b"context of 3000 tokens is full, the chat ends here\n" in r.stderr
+    r = run(builds.checked, chat_model(tmp_path, 300), "-z", tokenizer, "-t", 0, "-m", "chat", "-y", "",
+            stdin=b"hi\n" * 100)
+    assert r.returncode == 0 and b"context of 300 tokens is full, the chat ends here\n" in r.stderr
 
 
 def test_chat_on_windows_and_its_stats(builds, tmp_path, tokenizer):
