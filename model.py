@@ -943,9 +943,10 @@ def pick_device(name: str = "auto") -> str:
 
 
 def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = None, strict: bool = False):
-    """The checkpoint's Tokenizer: the named one, else the one train.py used, else one beside it.
+    """The checkpoint's Tokenizer: the named one, else the one train.py used, else one beside it; or that
+    first, where others trained it and nothing says with which.
 
-    A wrong one is only warned of, unless strict.
+    A wrong one is only warned of, unless strict, which takes that of the data first.
     """
     from tokenizer import Tokenizer, tokenizer_path
 
@@ -953,7 +954,9 @@ def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = N
     source = 0 if config.get("vocab_source", "llama2" if size == 32000 else "custom") == "llama2" else size
     usual = tokenizer_path(config.get("data_dir", "data"), source)
     beside = os.path.join(os.path.dirname(checkpoint_path), os.path.basename(usual))
-    path = named or (usual if os.path.exists(usual) or not os.path.exists(beside) else beside)
+    usual_first = strict or "tokenizer_sha256" in config
+    places = [usual, beside] if usual_first else [beside, usual]
+    path = named or next(filter(os.path.exists, places), usual)
     if source and "tokenizer_sha256" not in config and not os.path.exists(path):  # a new one has other pieces
         raise SystemExit(f"no tokenizer {path}; put the one there that {checkpoint_path} was trained with")
     tokenizer = Tokenizer(path)

@@ -1196,6 +1196,11 @@ class PPO:
                 f"{path} was trained from other weights than {self.cfg.out_dir}/ckpt.pt holds; put those "
                 f"back, or move {path} away to begin anew"
             )
+        if state["config"]["tokenizer_sha256"] != self.tokenizer.sha256:
+            raise SystemExit(
+                f"{path} was trained with another tokenizer than {self.tokenizer.model_path}; put that one "
+                "back, or give the --data_dir where it is"
+            )
         # the optimum and the critic's replay are of those
         for name in ("reward", "target_len", "keywords", "exact_end"):
             if (was := state["config"][name]) != getattr(self.ppo, name):
@@ -1356,8 +1361,8 @@ def kept(run: PPO, write_model: Callable[[str, ModelArgs, dict], None]) -> Itera
 
 
 def say_stopped(iter_num: int, runtime) -> None:
-    more = [] if "--init_from=resume" in sys.argv else ["--init_from=resume"]  # the last one counts
-    again = shlex.join(["python", *sys.argv, *more])
+    flags = [flag for flag in sys.argv if not flag.startswith(("--init_from=", "--init-from="))]
+    again = shlex.join(["python", *flags, "--init_from=resume"])  # the last one counts
     if runtime.world_size > 1:
         again = "the same torchrun command with --init_from=resume"
     print(f"stopped after iteration {iter_num}, saved; to go on: {again}", file=sys.stderr)

@@ -636,7 +636,8 @@ def find_state(out_dir: str, lazily: bool = False) -> tuple[str, dict]:
     """Path and content of the newest state in out_dir that is whole, read like load_checkpoint does."""
     if not (paths := state_files(out_dir)):
         raise SystemExit(
-            f"nothing to resume in {out_dir}; to begin, run: python train.py --out_dir={out_dir}"
+            f"nothing to resume in {out_dir}: no evaluation was finished there; to begin, run the same "
+            "without --init_from=resume"
         )
     return newest_state(paths, lazily)
 
@@ -959,8 +960,13 @@ def find_tokens(cfg: TrainConfig, args: ModelArgs, checkpoint: dict) -> tuple[st
     meta = read_meta(folder, args.vocab_size)
     trained_with = checkpoint.get("config", {}).get("tokenizer_sha256", meta["tokenizer_sha256"])
     if trained_with != meta["tokenizer_sha256"]:
+        model, back = tokenizer_path(cfg.data_dir, size), "put that one back"
+        for path in glob.glob(glob.escape(os.path.splitext(model)[0]) + "-*.model"):  # train_vocab kept it
+            with open(path, "rb") as f:
+                if hashlib.sha256(f.read()).hexdigest() == trained_with:
+                    back = f"rename {path} to {model}"
         raise SystemExit(
-            f"{folder} was made with another tokenizer than the checkpoint; put that one back, "
+            f"{folder} was made with another tokenizer than the checkpoint; {back}, "
             f"then run: {command('pretokenize', cfg.data_dir, size, '--force')}"
         )
     return folder, meta
@@ -1005,6 +1011,7 @@ class Pretraining:
         self.iter_num, self.best_val_loss = 0, math.inf
         self.doubtful = path if of_unknown_tokenizer(checkpoint) else ""  # until the first evaluation
         self.loss_sum, self.loss_count = 0.0, 0  # of the training losses since the last evaluation
+        self.told = False  # how long an evaluation takes
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
         self.skipped = self.in_a_row = 0  # steps not made, for a loss or gradient that is not finite
         self.behind = False  # whether the newest state is not where a run looks first
@@ -1092,6 +1099,10 @@ class Pretraining:
 
     def evaluate(self, metrics: Metrics | None, stop: Callable[[], bool]) -> None:
         """Evaluate, and report; then save, so that a resumed run need not do it again. Or stop() that."""
+        if metrics and not self.told:
+            tokens = len(self.val_batches) * self.cfg.batch_size * self.raw_model.args.max_seq_len
+            print(f"evaluating on {tokens * self.runtime.world_size:,} tokens (--eval_iters)", flush=True)
+            self.told = True
         scores = evaluate(self.model, self.val_batches, self.runtime, stop)
         if not scores:
             return
@@ -1290,7 +1301,8 @@ def warn_early(cfg: TrainConfig, model: Transformer, iters: int, on_cpu: bool) -
     days = model.flops_per_token() * tokens / (6e10 * (os.cpu_count() or 1)) / 86400
     if on_cpu and days > 14:
         print(
-            f"warning: on this CPU that takes some {days:,.0f} days; README has a small model, on a laptop",
+            f"warning: on this CPU that takes some {days:,.0f} days; README has smaller models under "
+            '"On a laptop"',
             file=sys.stderr,
         )
     if cfg.decay_lr and 0 < iters and cfg.max_iters <= cfg.warmup_iters:
@@ -1549,4 +1561,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("stopped") from None
+        raise SystemExit("stopped; what was saved before is whole") from None

@@ -303,7 +303,7 @@ TABLE = [
 
     # train.py: going on, fine-tuning
     Mistake("resume of nothing", f"{RESUME} --out_dir=new", "nothing to resume in new",
-            "run: python train.py --out_dir=new"),
+            "run the same without --init_from=resume"),
     Mistake("a typo in resume", "python train.py --init_from=resum", "no checkpoint at resum",
             "did you mean resume"),
     Mistake("fine-tuning of nothing", f"{NEW} --init_from=no.pt", "no checkpoint at no.pt",

@@ -657,6 +657,8 @@ def test_a_tokenizer_beside_the_checkpoint(tmp_path, data_dir):
         tmp_path / f"tok{VOCAB}.model"
     )
     checkpoint["config"]["data_dir"] = data_dir  # the usual one first
-    assert (
-        M.find_tokenizer(checkpoint, str(tmp_path / "ckpt.pt")).model_path == f"{data_dir}/tok{VOCAB}.model"
-    )
+    usual, path = f"{data_dir}/tok{VOCAB}.model", str(tmp_path / "ckpt.pt")
+    assert M.find_tokenizer(checkpoint, path).model_path == usual
+    del checkpoint["config"]["tokenizer_sha256"]  # as others' do not say which it was: what came along first
+    assert M.find_tokenizer(checkpoint, path).model_path == str(tmp_path / f"tok{VOCAB}.model")
+    assert M.find_tokenizer(checkpoint, path, strict=True).model_path == usual  # of which the data is made

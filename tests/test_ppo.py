@@ -2395,3 +2395,14 @@ def test_the_best_stays_when_other_stories_judge_it(tune, tmp_path):
     assert "stopped after iteration" in said, said
     assert (tmp_path / "out" / "ppo_best.pt").read_bytes() == before
     assert state(tmp_path / "out")["best"][0] > -math.inf
+
+
+def test_resume_with_another_tokenizer_is_refused(tune, tmp_path):
+    """Also where the pretrained model does not say which its own is."""
+    tune("out", "--ppo_iters=1")
+    path = tmp_path / "out" / "ppo_ckpt.pt"
+    checkpoint = load_checkpoint(path)
+    checkpoint["config"]["tokenizer_sha256"] = "0" * 64
+    train.save_checkpoint(str(path), checkpoint)
+    with pytest.raises(SystemExit, match="another tokenizer than .*put that one back"):
+        tune("out", "--ppo_iters=2")

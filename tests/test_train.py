@@ -1,6 +1,7 @@
 """train.py: whole runs on a small data folder, compared with brute force and with each other."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -1193,7 +1194,7 @@ def test_what_will_not_work_is_told_before(fit, capsys, monkeypatch):
     assert "warmup_iters" not in fit("warmup", "--init_from=resume", "--max_iters=3")
     model = Transformer(ModelArgs(dim=288, n_layers=6, n_heads=6, vocab_size=32000, max_seq_len=256))
     train.warn_early(TrainConfig(), model, 100_000, True)
-    assert "README has a small model" in capsys.readouterr().err
+    assert "On a laptop" in capsys.readouterr().err
     train.warn_early(TrainConfig(), model, 100_000, False)
     train.warn_early(TrainConfig(), model, 1, True)
     assert not capsys.readouterr().err
@@ -1266,3 +1267,24 @@ def test_no_ruined_weights_are_saved_by_the_clock(fit, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no good and was not saved"):
         fit("out", "--max_iters=50", "--eval_interval=100", "--max_skipped=5")
     assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 3
+
+
+def test_the_vocabulary_that_was_kept_is_named(fit, data_dir, tmp_path):
+    """Of a model that was trained with it, before train_vocab made another."""
+    data = tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    flags = f"--data_dir={data}", "--max_iters=1", "--warmup_iters=0"
+    fit("out", *flags)
+    model = data / f"tok{VOCAB}.model"
+    theirs = model.read_bytes()
+    kept = data / f"tok{VOCAB}-{hashlib.sha256(theirs).hexdigest()[:8]}.model"
+    tinystories.keep_another(str(model), b"")
+    assert kept.read_bytes() == theirs
+    model.unlink()
+    tinystories.main(["train_vocab", f"--vocab_size={VOCAB}", f"--data_dir={data}", "--num_shards=1"])
+    tinystories.main(["pretokenize", f"--vocab_size={VOCAB}", f"--data_dir={data}"])
+    with pytest.raises(SystemExit, match=f"rename {kept} to {model}, then run"):
+        fit("out", *flags, "--init_from=resume", "--max_iters=2")
+    kept.unlink()
+    with pytest.raises(SystemExit, match="put that one back, then run"):
+        fit("out", *flags, "--init_from=resume", "--max_iters=2")
