@@ -2771,6 +2771,10 @@ static Options parse_options(int argc, char **argv) {
             if (long_name && strlen(name) == length && !strncmp(arg, name, length)) break;
             if (length == 2 && arg[1] == known[k].key && arg[1] >= 'a') break;  // capitals: long only
         }
+        for (size_t i = 0; k == n_known && long_name && length > 3 && i < n_known; i++) {
+            const char *name = known[i].name;
+            if (!strncmp(arg, name, length)) die(arg, "unknown option; did you mean %s?" SEE_HELP, name);
+        }
         if (k == n_known) die(arg, "unknown option" SEE_HELP);
         const char *value = equals ? equals + 1 : NULL;
         if (value && !known[k].has_value) die(arg, "this option takes no value" SEE_HELP);
@@ -2786,7 +2790,7 @@ static Options parse_options(int argc, char **argv) {
     if (o.stories > 1 && !story) die("-b", "is for stories, not for %s; leave one of them out" SEE_HELP, other);
     if ((o.system || o.plain) && !o.chat) die(o.system ? "-y" : "--template", "is for a chat; add -m chat" SEE_HELP);
     if (o.perplexity && (o.steps >= 0 || o.prompt || o.file)) {
-        die(o.steps >= 0 ? "-n" : o.prompt ? "-i" : "-f", "is for stories, not for --perplexity; leave it out" SEE_HELP);
+        die(o.steps >= 0 ? "-n" : o.prompt ? "-i" : "-f", "is for stories, not --perplexity; leave it out" SEE_HELP);
     }
     if (o.stats && (o.tokens || o.logits)) die("--stats", "measures nothing with %s; leave it out" SEE_HELP, other);
     if (o.steps < 0) o.steps = o.chat ? 0 : 256;

@@ -577,8 +577,8 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
     kept = not_empty()
     block = list(itertools.islice(kept, num_shards))
     if len(block) < 2:
-        raise SystemExit(f"found {len(block)} of the 2 stories it takes, one of them for validation; "
-                         "is --separator right? --separator=blank splits at blank lines")
+        raise SystemExit(f"found {len(block)} of the 2 stories it takes, one for validation; add more "
+                         "(of a text file: is --separator right? --separator=blank splits at blank lines)")
     open_many_files()
     rng = random.Random(seed)
     counts = [0] * len(block)

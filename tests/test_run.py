@@ -1239,6 +1239,14 @@ def test_prompt_longer_than_the_context(builds, tmp_path, tokenizer, mode):
     assert_error(run(builds.checked, model, "-z", tokenizer, "-m", mode, *args, "-i", "a" * 40), model, "16")
 
 
+def test_the_beginning_of_an_option(builds, tmp_path, tokenizer):
+    args = builds.checked, markov_model(tmp_path / "m.bin", {}), "-z", tokenizer
+    for option in ("--temp", "--temp=1"):
+        assert_error(run(*args, option), option, "did you mean --temperature?")
+    r = run(*args, "--q")
+    assert b"did you mean" not in r.stderr
+
+
 @pytest.mark.parametrize("args,subject", [
     (["-y", "be kind"], "-y"), (["--template", "plain"], "--template"),
     (["--perplexity", "-", "-n", "9"], "-n"), (["--perplexity", "-", "-f", "x"], "-f"),
