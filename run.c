@@ -1257,13 +1257,13 @@ static void reserve_state(Model *m, int rows, int logit_rows, size_t positions) 
     s->rope = floats(rows, c->head_size);
 }
 
-// For a text of up to n positions. The pages that it has not reached yet are zeros, which take no memory; but for
-// those beside a page that it has, where pages are huge: these are read faster, and a large cache would do without.
+// For a text of up to n positions. Pages that it has not reached yet take no memory. Huge ones are read faster; but
+// each head reaches its own, so that a large cache would take nearly all of its memory at the first token.
 static KVCache new_cache(const Model *m, int n) {
     const Config *c = &m->config;
     KVCache cache = {.room = round_up((size_t)n, LANES)};
     const size_t position = (size_t)c->n_layers * (size_t)c->kv_dim * c->kv_bytes, bytes = 2 * cache.room * position;
-    cache.block = calloc(2 * cache.room + CACHE_LINE, position);
+    cache.block = calloc(2 * cache.room + CACHE_LINE / position + 1, position);
     if (!cache.block) {
         die("", "out of memory for the keys and values of %d tokens: %.0f MB; fewer (-n) take less", n,
             (double)bytes / 1e6);

@@ -1011,7 +1011,6 @@ class Pretraining:
         self.iter_num, self.best_val_loss = 0, math.inf
         self.doubtful = path if of_unknown_tokenizer(checkpoint) else ""  # until the first evaluation
         self.loss_sum, self.loss_count = 0.0, 0  # of the training losses since the last evaluation
-        self.told = False  # how long an evaluation takes
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
         self.skipped = self.in_a_row = 0  # steps not made, for a loss or gradient that is not finite
         self.behind = False  # whether the newest state is not where a run looks first
@@ -1099,10 +1098,9 @@ class Pretraining:
 
     def evaluate(self, metrics: Metrics | None, stop: Callable[[], bool]) -> None:
         """Evaluate, and report; then save, so that a resumed run need not do it again. Or stop() that."""
-        if metrics and not self.told:
+        if metrics and (self.iter_num == 0 or self.cfg.eval_only):  # else one knows how long it takes
             tokens = len(self.val_batches) * self.cfg.batch_size * self.raw_model.args.max_seq_len
             print(f"evaluating on {tokens * self.runtime.world_size:,} tokens (--eval_iters)", flush=True)
-            self.told = True
         scores = evaluate(self.model, self.val_batches, self.runtime, stop)
         if not scores:
             return
@@ -1244,11 +1242,10 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     bar.close()
     if run.in_a_row >= cfg.max_skipped:
         give_up(run)
-    if cfg.eval_only and asked:
-        raise SystemExit("stopped")
     if cfg.eval_only:
-        return
-    if asked and (run.iter_num < cfg.max_iters or not run.evaluated):
+        if asked:
+            raise SystemExit("stopped")
+    elif asked and (run.iter_num < cfg.max_iters or not run.evaluated):
         if run.saved < run.iter_num:
             run.save(best=False)
         if metrics:
