@@ -46,7 +46,9 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path
     try:
         folder.mkdir()
     except FileExistsError:
+        patience = time.monotonic() + 600  # the other one may have been killed
         while not (folder / "ended").exists():
+            assert time.monotonic() < patience, f"{folder} was begun and is not made"
             time.sleep(0.1)
     else:
         try:

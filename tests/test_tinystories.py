@@ -1679,9 +1679,9 @@ def test_val_max_batches(tmp_path):
     for rank, count in ((0, 2), (1, 1)):
         batches = ts.TokenBatches(folder, "val", 2, 8, max_batches=3, rank=rank, world_size=2)
         assert len(list(batches)) == len(batches) == count
-    for rank in range(4):  # also a rank without any
-        batches = ts.TokenBatches(folder, "val", 3, 8, rank=rank, world_size=4)
-        assert len(list(batches)) == len(batches)
+    for ws, counts in ((4, [2, 1, 1, 1]), (8, [1] * 5 + [0] * 3)):  # 99 targets in batches of 24
+        ranks = [ts.TokenBatches(folder, "val", 3, 8, rank=i, world_size=ws) for i in range(ws)]
+        assert [len(list(batches)) for batches in ranks] == [len(batches) for batches in ranks] == counts
 
 
 def test_val_pads_with_bos(tmp_path):
