@@ -943,8 +943,8 @@ def pick_device(name: str = "auto") -> str:
 
 
 def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = None, strict: bool = False):
-    """The checkpoint's Tokenizer: the named one, else the one train.py used, else one beside it; or that
-    first, where others trained it and nothing says with which.
+    """The checkpoint's Tokenizer: the named one, else the one train.py used, else one beside it; or, where
+    nothing says which it was trained with, first one beside it or in its folder's data/.
 
     A wrong one is only warned of, unless strict, which takes that of the data first.
     """
@@ -954,25 +954,27 @@ def find_tokenizer(checkpoint: dict, checkpoint_path: str, named: str | None = N
     source = 0 if config.get("vocab_source", "llama2" if size == 32000 else "custom") == "llama2" else size
     usual = tokenizer_path(config.get("data_dir", "data"), source)
     beside = os.path.join(os.path.dirname(checkpoint_path), os.path.basename(usual))
+    in_data = os.path.join(os.path.dirname(checkpoint_path), "data", os.path.basename(usual))
     usual_first = strict or "tokenizer_sha256" in config
-    places = [usual, beside] if usual_first else [beside, usual]
+    places = [usual, beside] if usual_first else [beside, in_data, usual]
     path = named or next(filter(os.path.exists, places), usual)
     if source and "tokenizer_sha256" not in config and not os.path.exists(path):  # a new one has other pieces
         raise SystemExit(f"no tokenizer {path}; put the one there that {checkpoint_path} was trained with")
     tokenizer = Tokenizer(path)
-    wrong = None
+    wrong, back = None, "put that one back"
     if tokenizer.vocab_size != size:
         wrong = (
             f"{tokenizer.model_path} has {tokenizer.vocab_size} pieces and the model {size}: "
             f"the text will be noise; it was trained with one like {usual}"
         )
-    elif config.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+    elif (sha256 := config.get("tokenizer_sha256", tokenizer.sha256)) != tokenizer.sha256:
         wrong = f"{tokenizer.model_path} is not the tokenizer this model was trained with"
+        back = tokenizer.put_back(sha256)
     strict = strict or tokenizer.vocab_size < size  # it has no text for some of the ids
     if wrong and strict:
-        raise SystemExit(f"{wrong}; put that one back")
+        raise SystemExit(f"{wrong}; {back}")
     if wrong:
-        print(f"warning: {wrong}", file=sys.stderr)
+        print(f"warning: {wrong}; {back}", file=sys.stderr)
     return tokenizer
 
 

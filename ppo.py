@@ -1196,10 +1196,10 @@ class PPO:
                 f"{path} was trained from other weights than {self.cfg.out_dir}/ckpt.pt holds; put those "
                 f"back, or move {path} away to begin anew"
             )
-        if state["config"]["tokenizer_sha256"] != self.tokenizer.sha256:
+        if (trained_with := state["config"]["tokenizer_sha256"]) != self.tokenizer.sha256:
             raise SystemExit(
-                f"{path} was trained with another tokenizer than {self.tokenizer.model_path}; put that one "
-                "back, or give the --data_dir where it is"
+                f"{path} was trained with another tokenizer than {self.tokenizer.model_path}; "
+                f"{self.tokenizer.put_back(trained_with)}, or give the --data_dir where it is"
             )
         # the optimum and the critic's replay are of those
         for name in ("reward", "target_len", "keywords", "exact_end"):

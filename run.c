@@ -2771,11 +2771,14 @@ static Options parse_options(int argc, char **argv) {
             if (long_name && strlen(name) == length && !strncmp(arg, name, length)) break;
             if (length == 2 && arg[1] == known[k].key && arg[1] >= 'a') break;  // capitals: long only
         }
-        for (size_t i = 0; k == n_known && long_name && length > 3 && i < n_known; i++) {
-            const char *name = known[i].name;
-            if (!strncmp(arg, name, length)) die(arg, "unknown option; did you mean %s?" SEE_HELP, name);
+        if (k == n_known) {
+            char likely[256] = "";  // options that begin so
+            for (size_t i = 0, n = 0; long_name && length > 3 && i < n_known; i++) {
+                if (strncmp(arg, known[i].name, length)) continue;
+                n += (size_t)snprintf(likely + n, sizeof likely - n, "%s%s", n ? " or " : "; did you mean ", known[i].name);
+            }
+            die(arg, "unknown option%s%s" SEE_HELP, likely, *likely ? "?" : "");
         }
-        if (k == n_known) die(arg, "unknown option" SEE_HELP);
         const char *value = equals ? equals + 1 : NULL;
         if (value && !known[k].has_value) die(arg, "this option takes no value" SEE_HELP);
         if (!value && known[k].has_value && !(value = argv[++a])) die(arg, "needs a value" SEE_HELP);

@@ -54,7 +54,7 @@ except ModuleNotFoundError as e:
     raise SystemExit(f"{e.name} is not installed for Python {sys.version.split()[0]}; run: "
                      ". .venv/bin/activate, or with 3.11 or newer: pip install -r requirements.txt") from None
 
-from tokenizer import CommandLine, Tokenizer, atomic_write, lock, tokenizer_path, whole
+from tokenizer import CommandLine, Tokenizer, atomic_write, kept_path, lock, tokenizer_path, whole
 
 STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 SMALL_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-valid.txt"
@@ -1014,8 +1014,7 @@ def keep_another(path: str, content: bytes) -> None:
     with open(path, "rb") as f:
         old = f.read()
     if old != content:
-        name, suffix = os.path.splitext(path)
-        kept = f"{name}-{hashlib.sha256(old).hexdigest()[:8]}{suffix}"
+        kept = kept_path(path, hashlib.sha256(old).hexdigest())
         with atomic_write(kept) as f:
             f.write(old)
         print(f"there was another {path}: it is kept as {kept}")

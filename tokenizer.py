@@ -213,6 +213,14 @@ class Tokenizer:
         """Of the .model file, as it was loaded: what token shards and checkpoints remember of a tokenizer."""
         return hashlib.sha256(self._proto).hexdigest()
 
+    def put_back(self, sha256: str) -> str:
+        """What to type to have the tokenizer of that sum in this one's place, if train_vocab kept it."""
+        kept = kept_path(self.model_path, sha256)
+        if not os.path.exists(kept):
+            return "put that one back"
+        model, kept, mine = map(shlex.quote, (self.model_path, kept, kept_path(self.model_path, self.sha256)))
+        return f"run: mv {model} {mine} && mv {kept} {model} && python tokenizer.py --tokenizer-model={model}"
+
     def encode(self, s: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Ids of `s`. Half a surrogate pair (JSON's "\\ud83d") is encoded as U+FFFD."""
         return self._sp.encode(whole(s), add_bos=bos, add_eos=eos)
@@ -247,6 +255,12 @@ class Tokenizer:
             for i, piece in enumerate(pieces):
                 f.write(struct.pack("<fI", self._sp.get_score(i), len(piece)) + piece)
         return path
+
+
+def kept_path(path: str, sha256: str) -> str:
+    """The name under which a file of that sum is kept when another takes its own."""
+    name, suffix = os.path.splitext(path)
+    return f"{name}-{sha256[:8]}{suffix}"
 
 
 def whole(s: str) -> str:

@@ -72,7 +72,7 @@ from model import (
 )
 from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, reward_names, say_stopped, train_ppo
 from tinystories import StoryStarts, TokenBatches, command, pretokenize_again, read_meta, token_dir
-from tokenizer import CommandLine, atomic_write, did_you_mean, lock, tokenizer_path
+from tokenizer import CommandLine, Tokenizer, atomic_write, did_you_mean, lock, tokenizer_path
 
 # Above so many parameters the gradients of several parts at once would take too much memory
 THREADED_PARAMETERS = 50_000_000
@@ -635,9 +635,9 @@ def state_files(out_dir: str) -> list[str]:
 def find_state(out_dir: str, lazily: bool = False) -> tuple[str, dict]:
     """Path and content of the newest state in out_dir that is whole, read like load_checkpoint does."""
     if not (paths := state_files(out_dir)):
+        why = "nothing was saved there yet" if os.path.isdir(out_dir) else "there is no such folder"
         raise SystemExit(
-            f"nothing to resume in {out_dir}: no evaluation was finished there; to begin, run the same "
-            "without --init_from=resume"
+            f"nothing to resume in {out_dir}: {why}; to begin, run the same without --init_from=resume"
         )
     return newest_state(paths, lazily)
 
@@ -957,17 +957,18 @@ def find_tokens(cfg: TrainConfig, args: ModelArgs, checkpoint: dict) -> tuple[st
             f"no token shards in {folder}; run: {command('pretokenize', cfg.data_dir, size)}, or take those "
             f"of {there}: --vocab_source=custom --vocab_size={there.removeprefix('tok')}"
         )
-    meta = read_meta(folder, args.vocab_size)
-    trained_with = checkpoint.get("config", {}).get("tokenizer_sha256", meta["tokenizer_sha256"])
-    if trained_with != meta["tokenizer_sha256"]:
-        model, back = tokenizer_path(cfg.data_dir, size), "put that one back"
-        for path in glob.glob(glob.escape(os.path.splitext(model)[0]) + "-*.model"):  # train_vocab kept it
-            with open(path, "rb") as f:
-                if hashlib.sha256(f.read()).hexdigest() == trained_with:
-                    back = f"rename {path} to {model}"
+    trained_with = checkpoint.get("config", {}).get("tokenizer_sha256")
+    model, again = tokenizer_path(cfg.data_dir, size), command("pretokenize", cfg.data_dir, size)
+    if trained_with and os.path.exists(model) and (there := Tokenizer(model)).sha256 != trained_with:
         raise SystemExit(
-            f"{folder} was made with another tokenizer than the checkpoint; {back}, "
-            f"then run: {command('pretokenize', cfg.data_dir, size, '--force')}"
+            f"{model} is not the tokenizer that the checkpoint was trained with; "
+            f"{there.put_back(trained_with)}; then: {again}"
+        )
+    meta = read_meta(folder, args.vocab_size)
+    if trained_with not in (None, meta["tokenizer_sha256"]):
+        raise SystemExit(
+            f"{folder} was made with another tokenizer than the checkpoint; put its own there as {model}, "
+            f"then run: {again}"
         )
     return folder, meta
 
@@ -1099,8 +1100,11 @@ class Pretraining:
     def evaluate(self, metrics: Metrics | None, stop: Callable[[], bool]) -> None:
         """Evaluate, and report; then save, so that a resumed run need not do it again. Or stop() that."""
         if metrics and (self.iter_num == 0 or self.cfg.eval_only):  # else one knows how long it takes
-            tokens = len(self.val_batches) * self.cfg.batch_size * self.raw_model.args.max_seq_len
-            print(f"evaluating on {tokens * self.runtime.world_size:,} tokens (--eval_iters)", flush=True)
+            tokens = there = self.val_batches.num_tokens - 1
+            if self.cfg.eval_iters:
+                size = self.cfg.batch_size * self.raw_model.args.max_seq_len
+                tokens = min(there, self.cfg.eval_iters * size)
+            show(f"evaluating on {tokens:,} tokens (--eval_iters)")
         scores = evaluate(self.model, self.val_batches, self.runtime, stop)
         if not scores:
             return

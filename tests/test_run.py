@@ -1242,9 +1242,12 @@ def test_prompt_longer_than_the_context(builds, tmp_path, tokenizer, mode):
 def test_the_beginning_of_an_option(builds, tmp_path, tokenizer):
     args = builds.checked, markov_model(tmp_path / "m.bin", {}), "-z", tokenizer
     for option in ("--temp", "--temp=1"):
-        assert_error(run(*args, option), option, "did you mean --temperature?")
-    r = run(*args, "--q")
-    assert b"did you mean" not in r.stderr
+        assert_error(run(*args, option), option, "did you mean --temperature or --template?")
+    assert_error(run(*args, "--to"), "--to", "did you mean --top-p or --tokenizer or --top-k or --tokens?")
+    for option in ("--", "--t", "--q", "--tempo", "-x"):
+        r = run(*args, option)
+        assert_error(r, option, "unknown option; see")
+        assert b"did you mean" not in r.stderr
 
 
 @pytest.mark.parametrize("args,subject", [

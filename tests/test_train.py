@@ -25,6 +25,7 @@ import tinystories
 import train
 from export import read_bin, read_header
 from model import ModelArgs, Transformer, load_checkpoint, model_from_checkpoint
+from tokenizer import Tokenizer
 from train import Runtime, TrainConfig, get_lr, parse_cli
 
 TINY = [
@@ -1269,22 +1270,56 @@ def test_no_ruined_weights_are_saved_by_the_clock(fit, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "out" / "last.pt")["iter_num"] == 3
 
 
-def test_the_vocabulary_that_was_kept_is_named(fit, data_dir, tmp_path):
-    """Of a model that was trained with it, before train_vocab made another."""
+def test_the_vocabulary_that_was_kept_comes_back_as_told(fit, data_dir, tmp_path):
+    """For a model that was trained with it before train_vocab made another; that one is not lost either."""
     data = tmp_path / "data"
     shutil.copytree(data_dir, data)
-    flags = f"--data_dir={data}", "--max_iters=1", "--warmup_iters=0"
-    fit("out", *flags)
-    model = data / f"tok{VOCAB}.model"
-    theirs = model.read_bytes()
-    kept = data / f"tok{VOCAB}-{hashlib.sha256(theirs).hexdigest()[:8]}.model"
-    tinystories.keep_another(str(model), b"")
-    assert kept.read_bytes() == theirs
-    model.unlink()
-    tinystories.main(["train_vocab", f"--vocab_size={VOCAB}", f"--data_dir={data}", "--num_shards=1"])
-    tinystories.main(["pretokenize", f"--vocab_size={VOCAB}", f"--data_dir={data}"])
-    with pytest.raises(SystemExit, match=f"rename {kept} to {model}, then run"):
-        fit("out", *flags, "--init_from=resume", "--max_iters=2")
-    kept.unlink()
-    with pytest.raises(SystemExit, match="put that one back, then run"):
-        fit("out", *flags, "--init_from=resume", "--max_iters=2")
+    model, flags = data / f"tok{VOCAB}.model", [f"--data_dir={data}", "--warmup_iters=0"]
+    make = [f"--vocab_size={VOCAB}", f"--data_dir={data}"]
+
+    def kept() -> Path:
+        return data / f"tok{VOCAB}-{hashlib.sha256(model.read_bytes()).hexdigest()[:8]}.model"
+
+    def resume(name: str) -> str:
+        return fit(name, *flags, "--init_from=resume", "--max_iters=2")
+
+    fit("older", *flags, "--max_iters=1")
+    older, path_of_older = model.read_bytes(), kept()
+    tinystories.main(["train_vocab", *make, "--num_shards=1"])
+    newer, path_of_newer = model.read_bytes(), kept()
+    assert newer != older == path_of_older.read_bytes()
+    with pytest.raises(SystemExit, match=f"is not the tokenizer that .*; run: mv {model}"):
+        resume("older")  # the tokens are still its own: pretokenize would only take them away
+    tinystories.main(["pretokenize", *make])
+    fit("newer", *flags, "--max_iters=1")
+    for name, pieces in (("older", older), ("newer", newer)):
+        with pytest.raises(SystemExit) as told:
+            resume(name)
+        commands = str(told.value).partition("; run: ")[2].replace("; then: ", " && ")
+        commands = commands.replace("python ", f"{sys.executable} ")
+        subprocess.run(commands, shell=True, check=True, cwd=ROOT)
+        assert model.read_bytes() == pieces
+        assert Path(Tokenizer(str(model)).export(str(tmp_path / "t.bin"))).read_bytes() == (
+            data / f"tok{VOCAB}.bin").read_bytes()
+        assert "step 2" in resume(name)
+    assert path_of_older.read_bytes() == older and not path_of_newer.exists()  # it is in use
+    path_of_older.unlink()
+    with pytest.raises(SystemExit, match="put that one back; then: "):
+        fit("older", *flags, "--init_from=resume", "--max_iters=3")
+
+
+def test_a_run_that_saved_nothing(fit, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, why in (("empty", "nothing was saved there yet"), ("slip", "there is no such folder")):
+        with pytest.raises(SystemExit, match=f"nothing to resume in .*{name}: {why}"):
+            fit(name, "--init_from=resume")
+
+
+@pytest.mark.parametrize("flags", [(), ("--eval_iters=0",), ("--eval_iters=0", "--batch_size=500"),
+                                   ("--eval_iters=1000000",)])
+def test_how_long_the_first_evaluation_is(fit, data_dir, flags):
+    """3 batches of 8 x 64, or all that there is, whose first token is foreseen by nobody."""
+    meta = json.loads((Path(data_dir) / f"tok{VOCAB}" / "meta.json").read_text(encoding="utf-8"))
+    tokens = meta["shards"][0]["tokens"] - 1 if flags else 3 * 8 * 64
+    said = fit("out", "--max_iters=1", "--warmup_iters=0", *flags)
+    assert f"evaluating on {tokens:,} tokens" in said
