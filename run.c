@@ -3272,6 +3272,22 @@ HELPER F V(load_kv)(const size_t B, const unsigned char *from, size_t i) {
     return B == 2 ? V(halves)(from + i * B) : V(load)((const float *)(const void *)from + i);
 }
 
+// Scores of D vectors of positions from t on: each query times their keys
+HELPER void V(score)(const int N, const int D, const size_t B, const Query *queries, const unsigned char *keys,
+                     const unsigned char *values, size_t room, int size, int t, float *scores) {
+    F sum[4][MAX_QUERIES];
+    UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(set1)(0.0f);
+    for (int i = 0; i < size; i++) UNROLL for (int d = 0; d < D; d++) {
+        const size_t at = (size_t)(t + d * LANES) * size + (size_t)i * LANES;
+        if (N == 1) PREFETCH(values + at * B);
+        F k = V(load_kv)(B, keys, at);
+        UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[d][j]);
+    }
+    UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) {
+        V(store)(scores + (size_t)j * room + t + d * LANES, sum[d][j]);
+    }
+}
+
 // Dimensions i to i + E (1, 2, or a multiple of 4) of the values, mixed by the scores
 HELPER void V(mix)(const int N, const int E, const size_t B, const Query *queries, const float *share,
                    const unsigned char *values, size_t room, int size, int blocks, int i, const float *scores) {
@@ -3302,65 +3318,40 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, c
     int last = 0;
     for (int j = 0; j < N; j++) last = queries[j].pos > last ? queries[j].pos : last;
     const int blocks = (int)round_up((size_t)last + 1, LANES);
-    for (int t = 0, step; t < blocks; t += step) {
-        const int left = (blocks - t) / LANES;
-        step = (left < D ? 1 : D) * LANES;
-        F sum[4][MAX_QUERIES];
-        UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(set1)(0.0f);
-        if (left < D) {
-            for (int i = 0; i < size; i++) {
-                F k = V(load_kv)(B, keys, (size_t)t * size + (size_t)i * LANES);
-                UNROLL for (int j = 0; j < N; j++) sum[0][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[0][j]);
-            }
-        } else {
-            for (int i = 0; i < size; i++) UNROLL for (int d = 0; d < D; d++) {
-                const size_t at = (size_t)(t + d * LANES) * size + (size_t)i * LANES;
-                if (N == 1) PREFETCH(values + at * B);
-                F k = V(load_kv)(B, keys, at);
-                UNROLL for (int j = 0; j < N; j++) sum[d][j] = V(fma)(V(set1)(queries[j].q[i]), k, sum[d][j]);
-            }
-        }
-        UNROLL for (int d = 0; d < D; d++) UNROLL for (int j = 0; j < N; j++) {
-            if (d * LANES < step) V(store)(scores + (size_t)j * room + t + d * LANES, sum[d][j]);
-        }
-    }
+    int t = 0;
+    for (; t + D * LANES <= blocks; t += D * LANES) V(score)(N, D, B, queries, keys, values, room, size, t, scores);
+    for (; t < blocks; t += LANES) V(score)(N, 1, B, queries, keys, values, room, size, t, scores);
     float share[MAX_QUERIES];
     for (int j = 0; j < N; j++) {
         float *row = scores + (size_t)j * room;
         share[j] = 1.0f / V(exp_and_sum)(row, queries[j].pos + 1);
-        for (int t = (int)round_up((size_t)queries[j].pos + 1, LANES); t < blocks; t++) row[t] = 0.0f;
+        for (t = (int)round_up((size_t)queries[j].pos + 1, LANES); t < blocks; t++) row[t] = 0.0f;
     }
     int i = 0;
     for (; i + E <= size; i += E) V(mix)(N, E, B, queries, share, values, room, size, blocks, i, scores);
     for (; E > 4 && i + 4 <= size; i += 4) V(mix)(N, 4, B, queries, share, values, room, size, blocks, i, scores);
-    for (; i < size; i++) UNROLL for (int j = 0; j < N; j++) {
-        F sum = V(set1)(0.0f);
-        for (int t = 0; t < blocks; t += LANES) {
-            F v = V(load_kv)(B, values, (size_t)t * size + (size_t)i * LANES);
-            sum = V(fma)(V(load)(scores + (size_t)j * room + t), v, sum);
-        }
-        queries[j].out[i] = V(sum)(sum) * share[j];
-    }
+    for (; i < size; i++) V(mix)(N, 1, B, queries, share, values, room, size, blocks, i, scores);
 }
 
-#define ATTEND(n, d, e, b) V(attend_n)(n, d, e, b, queries, keys, values, room, size, scores)
+#define ATTEND_OF(n, d, e, b) V(attend_n)(n, d, e, b, queries, keys, values, room, size, scores)
+#define ATTEND(n, d, e) kv_bytes == 2 ? ATTEND_OF(n, d, e, 2) : ATTEND_OF(n, d, e, 4)
 KERNEL void V(attend)(int n, const Query *queries, const unsigned char *keys, const unsigned char *values,
                       size_t kv_bytes, size_t room, int size, float *scores) {
-    const bool half = kv_bytes == 2;
     for (int take; n > 0; n -= take, queries += take) {
         take = TILE == 1 || n == 1 ? 1 : n < 4 ? 2 : 4;
         if (TILE > 4) {  // there are registers for 16 sums, else for 4
-            if (take == 4) half ? ATTEND(4, 2, 4, 2) : ATTEND(4, 2, 4, 4);
-            if (take == 2) half ? ATTEND(2, 4, 8, 2) : ATTEND(2, 4, 8, 4);
-            if (take == 1) half ? ATTEND(1, 1, 16, 2) : ATTEND(1, 1, 16, 4);
+            if (take == 4) ATTEND(4, 2, 4);
+            if (take == 2) ATTEND(2, 4, 8);
+            if (take == 1) ATTEND(1, 1, 16);
         } else {
-            if (take == 4) half ? ATTEND(4, 1, 1, 2) : ATTEND(4, 1, 1, 4);
-            if (take == 2) half ? ATTEND(2, 2, 2, 2) : ATTEND(2, 2, 2, 4);
-            if (take == 1) half ? ATTEND(1, 1, 4, 2) : ATTEND(1, 1, 4, 4);
+            if (take == 4) ATTEND(4, 1, 1);
+            if (take == 2) ATTEND(2, 2, 2);
+            if (take == 1) ATTEND(1, 1, 4);
         }
     }
 }
 #undef ATTEND
+#undef ATTEND_OF
 
 // Whether all n are finite
 KERNEL bool V(finite)(const float *x, int n) {
