@@ -2909,6 +2909,14 @@ int main(int argc, char **argv) {
 #define KERNEL static CONCAT(TARGET, ISA)
 #define HELPER INLINE CONCAT(TARGET, ISA)
 
+// A whole vector, or the n floats that are left
+HELPER F V(load_up_to)(const float *p, int n) { return n >= LANES ? V(load)(p) : V(load_n)(p, n); }
+
+HELPER void V(store_up_to)(float *p, F x, int n) {
+    if (n >= LANES) V(store)(p, x);
+    else V(store_n)(p, x, n);
+}
+
 // e^x for x <= 0 or so, within 2 units in the last place: 2^n times a polynomial (coefficients: Cephes, expf)
 HELPER F V(exponential)(F x) {
     x = V(max)(V(set1)(-87.0f), x);  // in this order a NaN stays one
@@ -2935,8 +2943,7 @@ HELPER float V(exp_and_sum)(float *x, int n) {
     for (int i = 0; i < n; i += LANES) {
         F e = V(exponential)(V(sub)(V(load)(x + i), max));
         V(store)(x + i, e);
-        if (i + LANES <= n) sum = V(add)(sum, e);
-        else sum = V(add)(sum, V(load_n)(x + i, n - i));
+        sum = V(add)(sum, i + LANES <= n ? e : V(load_n)(x + i, n - i));
     }
     for (int i = n; i % LANES; i++) x[i] = 0.0f;
     return V(sum)(sum);
@@ -2950,22 +2957,14 @@ KERNEL void V(softmax)(float *x, int n) {
 
 KERNEL void V(rmsnorm)(float *out, const float *x, const float *weight, int n, float eps) {
     F squares = V(set1)(0.0f);
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        F a = V(load)(x + i);
-        squares = V(fma)(a, a, squares);
-    }
-    if (i < n) {
-        F a = V(load_n)(x + i, n - i);
+    for (int i = 0; i < n; i += LANES) {
+        F a = V(load_up_to)(x + i, n - i);
         squares = V(fma)(a, a, squares);
     }
     F scale = V(set1)(1.0f / sqrtf(V(sum)(squares) / (float)n + eps));
-    for (i = 0; i + LANES <= n; i += LANES) {
-        V(store)(out + i, V(mul)(V(load)(weight + i), V(mul)(scale, V(load)(x + i))));
-    }
-    if (i < n) {
-        F a = V(mul)(V(load_n)(weight + i, n - i), V(mul)(scale, V(load_n)(x + i, n - i)));
-        V(store_n)(out + i, a, n - i);
+    for (int i = 0; i < n; i += LANES) {
+        F a = V(mul)(scale, V(load_up_to)(x + i, n - i));
+        V(store_up_to)(out + i, V(mul)(V(load_up_to)(weight + i, n - i), a), n - i);
     }
 }
 
@@ -2981,7 +2980,7 @@ KERNEL void V(quantize)(Activation *x, int row, int cols, int group, int bits) {
         F top = zero, check = zero;
         int i = 0;
         for (; i < n; i += LANES) {
-            F a = i + LANES <= n ? V(load)(v + i) : V(load_n)(v + i, n - i);
+            F a = V(load_up_to)(v + i, n - i);
             top = V(max)(top, V(abs)(a));
             check = V(fma)(a, zero, check);  // 0 * infinity is not a number
         }
@@ -3004,12 +3003,6 @@ KERNEL void V(quantize)(Activation *x, int row, int cols, int group, int bits) {
         x->bias[at] = -offset * sum;
         x->scale[at] = finite ? scale : NAN;  // lets a NaN reach the logits, where it is reported
     }
-}
-
-// LANES rows of a result from `row` on, of so many
-HELPER void V(store_band)(float *out, F x, int row, int rows) {
-    if (row + LANES <= rows) V(store)(out + row, x);
-    else V(store_n)(out + row, x, rows - row);
 }
 
 // R rows of fp32 weights as the file has them, from `first` on and `apart` rows apart, times C rows of x
@@ -3094,7 +3087,8 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
         }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {
-        V(store_band)(out + (size_t)(row + c) * ldo, sums[r][c], (int)(band + (size_t)r * apart) * LANES, w->rows);
+        const size_t at = (band + (size_t)r * apart) * LANES;
+        V(store_up_to)(out + (size_t)(row + c) * ldo + at, sums[r][c], w->rows - (int)at);
     }
 }
 
@@ -3120,7 +3114,8 @@ HELPER void V(tile_bands)(const int R, const int C, const float *values, const T
         }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) {
-        V(store_band)(out + (size_t)(row + c) * ldo, sums[r][c], (int)(band + (size_t)r * apart) * LANES, w->rows);
+        const size_t at = (band + (size_t)r * apart) * LANES;
+        V(store_up_to)(out + (size_t)(row + c) * ldo + at, sums[r][c], w->rows - (int)at);
     }
 }
 
@@ -3237,16 +3232,13 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
 KERNEL void V(swiglu)(float *gate, const float *up, int n) {
     const F one = V(set1)(1.0f), zero = V(set1)(0.0f);
     for (int i = 0; i < n; i += LANES) {
-        const bool whole = i + LANES <= n;
-        F g = whole ? V(load)(gate + i) : V(load_n)(gate + i, n - i);
-        F u = whole ? V(load)(up + i) : V(load_n)(up + i, n - i);
+        F g = V(load_up_to)(gate + i, n - i), u = V(load_up_to)(up + i, n - i);
         // 1 / (1 + e^-g), written so that nothing overflows: with e = e^-|g| it is 1 / (1 + e) or e / (1 + e)
         F e = V(exponential)(V(sub)(zero, V(abs)(g)));
         F larger = V(div)(one, V(add)(one, e));
         F positive = V(max)(g, zero), negative = V(sub)(g, positive);
         F silu = V(add)(V(mul)(positive, larger), V(mul)(negative, V(mul)(e, larger)));
-        if (whole) V(store)(gate + i, V(mul)(silu, u));
-        else V(store_n)(gate + i, V(mul)(silu, u), n - i);
+        V(store_up_to)(gate + i, V(mul)(silu, u), n - i);
     }
 }
 
@@ -3257,7 +3249,7 @@ KERNEL void V(store_kv)(unsigned char *cache, size_t at, const float *v, int siz
         const int n = size - i < LANES ? size - i : LANES;
         uint16_t half[LANES];
         if (kv_bytes == 2) {
-            F x = n == LANES ? V(load)(v + i) : V(load_n)(v + i, n);
+            F x = V(load_up_to)(v + i, n);
             V(store_halves)(half, V(sub)(zero, V(max)(least, V(sub)(zero, V(max)(least, x)))));
         }
         for (int j = 0; j < n; j++, at += LANES) {
@@ -3355,10 +3347,8 @@ KERNEL void V(attend)(int n, const Query *queries, const unsigned char *keys, co
 
 // Whether all n are finite
 KERNEL bool V(finite)(const float *x, int n) {
-    F zero = V(set1)(0.0f), sum = zero;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) sum = V(fma)(V(load)(x + i), zero, sum);  // 0 * infinity is not a number
-    if (i < n) sum = V(fma)(V(load_n)(x + i, n - i), zero, sum);
+    F zero = V(set1)(0.0f), sum = zero;  // 0 * infinity is not a number
+    for (int i = 0; i < n; i += LANES) sum = V(fma)(V(load_up_to)(x + i, n - i), zero, sum);
     return V(sum)(sum) == 0.0f;
 }
 
