@@ -240,6 +240,15 @@ static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * u
 
 enum { CACHE_LINE = 64, HUGE_PAGE = 2 << 20 };
 
+// Tells the system what to do with the whole pages of from..to.
+#ifndef _WIN32
+static void advise(const void *from, const void *to, int advice) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t start = round_up((uintptr_t)from, page), end = (uintptr_t)to / page * page;
+    if (end > start) madvise((void *)start, end - start, advice);
+}
+#endif
+
 // Memory for a * b elements, from the start of a cache line on, as a vector that lies in two takes two reads; never
 // returns NULL, not even for 0 of them.
 static void *allocate_unset(size_t a, size_t b, size_t element, const char *what) {
@@ -1271,9 +1280,8 @@ static KVCache new_cache(const Model *m, int n) {
     cache.keys = (unsigned char *)cache.block + -(uintptr_t)cache.block % CACHE_LINE;
     cache.values = cache.keys + bytes / 2;
 #ifdef MADV_HUGEPAGE
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)cache.block / page * page + page;
     const int advice = bytes > LARGE_CACHE ? MADV_NOHUGEPAGE : MADV_HUGEPAGE;
-    if (bytes > HUGE_PAGE) madvise((void *)start, bytes / page * page - page, advice);
+    if (bytes > HUGE_PAGE) advise(cache.keys, cache.keys + bytes, advice);
 #endif
     return cache;
 }
@@ -1367,17 +1375,6 @@ static void allocate_bands(Model *m) {
     }
 }
 
-// Gives back the memory of a part of a mapped file that has been read; it is still there to be read again.
-static void give_back(const File *file, const unsigned char *from, const unsigned char *to) {
-#ifndef _WIN32
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    const uintptr_t start = ((uintptr_t)from + page - 1) / page * page, end = (uintptr_t)to / page * page;
-    if (file->mapped && end > start) madvise((void *)start, end - start, MADV_DONTNEED);
-#else
-    (void)file, (void)from, (void)to;
-#endif
-}
-
 static void pack_share(void *context, int thread) {
     Model *m = context;
     for (int i = 0; i < matrices(&m->config); i++) {
@@ -1391,7 +1388,9 @@ static void pack_share(void *context, int thread) {
             pack_row(t, r, source + (size_t)r * row_bytes, fp32 ? NULL : t->scale + (size_t)r * scale_bytes,
                      fp32 ? 0 : m->kernels->flip);
         }
-        give_back(&m->file, source + (size_t)from * row_bytes, source + (size_t)to * row_bytes);
+#ifndef _WIN32  // gives back the memory of this part of the file; it is still there to be read again
+        if (m->file.mapped) advise(source + (size_t)from * row_bytes, source + (size_t)to * row_bytes, MADV_DONTNEED);
+#endif
     }
 }
 
