@@ -2192,7 +2192,6 @@ typedef struct {
     Story *active[AT_ONCE]; // the stories that are being told at once
     bool flush_each;        // stdout is a terminal: show each token at once,
     double flushed;         // or else what came since then, a few times a second
-    bool stats;             // print what was measured as JSON
     bool plain;             // chat without a template
 } Session;
 
@@ -2452,7 +2451,6 @@ static void generate(Session *s, const Text *text, int count, uint64_t seed, Sta
         fprintf(stderr, "achieved tok/s: %f (%d tokens%s)\n", (pos - 1) / seconds, pos + 1,
                 prompt.fed == t->n && ends(stories[0].next) ? "" : ", cut off");
     }
-    if (s->stats) print_stats(s, stats);
     free(prompt.logits);
     free(stories);
     free(prompt.tokens.ids);
@@ -2531,7 +2529,7 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
         } else if (turns == 0 && !s->plain) {
             ask("Enter system prompt (optional): ", &system);
         }
-        if (turns == 0 && first_user) {
+        if (turns == 0 && first_user->data) {
             text_append(&user, first_user->data, first_user->len);
         } else if (!ask("User: ", &user)) {
             putchar('\n');
@@ -2553,8 +2551,6 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
             break;
         }
     }
-    flush_stdout();
-    if (s->stats) print_stats(s, stats);
     free(story.cache.block);
     free(story.text.data);
     free(system.data);
@@ -2567,7 +2563,6 @@ static void print_tokens(const Session *s, const Text *prompt) {
     Tokens t = encode(&s->tokenizer, prompt->data, prompt->len);
     for (int i = 0; i < t.n; i++) printf("%s%d", i ? " " : "", t.ids[i]);
     putchar('\n');
-    flush_stdout();
     free(t.ids);
 }
 
@@ -2586,7 +2581,6 @@ static void print_logits(Session *s, const Text *prompt) {
         }
         pos += n;
     }
-    flush_stdout();
     free(cache.block);
     free(t.ids);
 }
@@ -2631,8 +2625,6 @@ static void print_perplexity(Session *s, const char *path, Stats *stats) {
     const double mean = nats / (double)stats->prompt_tokens;
     printf("perplexity %.4f: %.5f nats per token, %.5f bits per byte (%ld tokens, %zu bytes, %d stories)\n",
            exp(mean), mean, nats / log(2.0) / (double)bytes, stats->prompt_tokens, bytes, stats->stories);
-    flush_stdout();
-    if (s->stats) print_stats(s, stats);
     free(text.data);
 }
 
@@ -2826,16 +2818,16 @@ static void warn_of_wrong_tokenizer(const Session *s) {
          s->tokenizer.size, vocab_size, likely_tokenizer(vocab_size));
 }
 
+// The text given with -i or -f; its data is NULL when there is none.
 static Text read_prompt(const Options *o) {
     Text t = {0};
     const bool from_stdin = o->prompt && !strcmp(o->prompt, "-");
-    if (!o->file && !from_stdin) {
-        const char *text = o->prompt ? o->prompt : "";
-        text_append(&t, text, strlen(text));
-        return t;
+    if (o->prompt && !from_stdin) {
+        text_append(&t, o->prompt, strlen(o->prompt));
+    } else if (o->file || (from_stdin && !o->chat)) {  // a chat reads stdin anyway
+        t = read_text(o->file ? o->file : "-");
+        if (t.len > 0 && t.data[t.len - 1] == '\n') t.len--;  // echo's, or the editor's
     }
-    t = read_text(o->file ? o->file : o->prompt);
-    if (t.len > 0 && t.data[t.len - 1] == '\n') t.len--;  // echo's, or the editor's
     return t;
 }
 
@@ -2860,7 +2852,7 @@ int main(int argc, char **argv) {
 #endif
     const double start = now();
     Options o = parse_options(argc, argv);
-    Session s = {.flush_each = isatty(fileno(stdout)), .stats = o.stats, .plain = o.plain, .draft_size = o.draft};
+    Session s = {.flush_each = isatty(fileno(stdout)), .plain = o.plain, .draft_size = o.draft};
     Pool pool;
     load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
     start_pool(&pool, o.threads ? o.threads : physical_cores(), o.threads == 0);
@@ -2875,21 +2867,15 @@ int main(int argc, char **argv) {
     s.candidates = allocate(vocab_size, 2 * (size_t)pool.size, sizeof(Candidate), "the sampler");
     const uint64_t seed = o.seed ? o.seed : (uint64_t)time(NULL);  // xorshift never leaves 0
     Stats stats = {.load = now() - start};
-    if (o.perplexity) {
-        print_perplexity(&s, o.perplexity, &stats);
-    } else if (o.chat) {
-        bool given = o.file || (o.prompt && strcmp(o.prompt, "-"));  // chat reads stdin anyway
-        Text first = {0};
-        if (given) first = read_prompt(&o);
-        chat(&s, given ? &first : NULL, o.system, seed, &stats);
-        free(first.data);
-    } else {
-        Text prompt = read_prompt(&o);
-        if (o.tokens) print_tokens(&s, &prompt);
-        else if (o.logits) print_logits(&s, &prompt);
-        else generate(&s, &prompt, o.stories, seed, &stats);
-        free(prompt.data);
-    }
+    Text prompt = read_prompt(&o);
+    if (o.perplexity) print_perplexity(&s, o.perplexity, &stats);
+    else if (o.chat) chat(&s, &prompt, o.system, seed, &stats);
+    else if (o.tokens) print_tokens(&s, &prompt);
+    else if (o.logits) print_logits(&s, &prompt);
+    else generate(&s, &prompt, o.stories, seed, &stats);
+    flush_stdout();
+    if (o.stats) print_stats(&s, &stats);
+    free(prompt.data);
     free(s.candidates);
     free_draft(&s.draft);
     free_tokenizer(&s.tokenizer);
