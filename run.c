@@ -1496,8 +1496,10 @@ static void attention(Model *m, int thread, int layer) {
     }
 }
 
-static void multiply(Model *m, int thread, const Tensor *w, const Activation *x, int n, float *out, size_t ldo,
-                     int from, int to) {
+// This thread's rows of out (n, ldo) = w @ x
+static void multiply(Model *m, int thread, const Tensor *w, const Activation *x, int n, float *out, size_t ldo) {
+    int from, to;
+    share(w->rows, LANES, thread, m->pool->n, &from, &to);
     float *scratch = m->state.scratch ? m->state.scratch + (size_t)thread * m->state.scratch_size : NULL;
     m->kernels->matmul(w, x, n, out, ldo, from, to, scratch);
 }
@@ -1507,8 +1509,8 @@ static void add_matmul(Model *m, int thread, const Tensor *w, const Activation *
     RunState *s = &m->state;
     const int dim = m->config.dim;
     int from, to;
+    multiply(m, thread, w, input, m->n_rows, s->add, dim);
     share(dim, LANES, thread, m->pool->n, &from, &to);
-    multiply(m, thread, w, input, m->n_rows, s->add, dim, from, to);
     for (int b = 0; b < m->n_rows; b++) {
         float *x = s->x + (size_t)b * dim;
         const float *add = s->add + (size_t)b * dim;
@@ -1525,11 +1527,9 @@ static void run_layer(Model *m, int thread, int layer) {
     int from, to;
 
     const Activation *input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_att);
-    share(c->dim, LANES, thread, pool->n, &from, &to);
-    multiply(m, thread, &w->wq, input, n, s->q, c->dim, from, to);
-    share(c->kv_dim, LANES, thread, pool->n, &from, &to);
-    multiply(m, thread, &w->wk, input, n, s->k, c->kv_dim, from, to);
-    multiply(m, thread, &w->wv, input, n, s->v, c->kv_dim, from, to);
+    multiply(m, thread, &w->wq, input, n, s->q, c->dim);
+    multiply(m, thread, &w->wk, input, n, s->k, c->kv_dim);
+    multiply(m, thread, &w->wv, input, n, s->v, c->kv_dim);
     meet(pool);
     attention(m, thread, layer);
     meet(pool);
@@ -1537,9 +1537,9 @@ static void run_layer(Model *m, int thread, int layer) {
     add_matmul(m, thread, &w->wo, input);
     meet(pool);
     input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_ffn);
-    share(c->hidden_dim, LANES, thread, pool->n, &from, &to);
-    multiply(m, thread, &w->w1, input, n, s->hb.f, s->hb.width, from, to);
-    multiply(m, thread, &w->w3, input, n, s->hb2, c->hidden_dim, from, to);
+    multiply(m, thread, &w->w1, input, n, s->hb.f, s->hb.width);
+    multiply(m, thread, &w->w3, input, n, s->hb2, c->hidden_dim);
+    share(c->hidden_dim, LANES, thread, pool->n, &from, &to);  // as multiply does
     for (int b = 0; b < n; b++) {
         m->kernels->swiglu(s->hb.f + (size_t)b * s->hb.width + from, s->hb2 + (size_t)b * c->hidden_dim + from,
                         to - from);
@@ -1572,8 +1572,7 @@ static void forward_share(void *context, int thread) {
     if (n == 0) return;
     const float *last = s->x + (size_t)m->first_logits * c->dim;
     const Activation *input = prepare(m, thread, &s->xb, n, c->dim, last, m->weights.rms_final);
-    share(c->vocab_size, LANES, thread, m->pool->n, &from, &to);
-    multiply(m, thread, &m->weights.wcls, input, n, s->logits, s->vocab_width, from, to);
+    multiply(m, thread, &m->weights.wcls, input, n, s->logits, s->vocab_width);
 }
 
 // Feeds n tokens. Those from first_logits on have logits (vocab_size,) for the token that follows, in
