@@ -479,7 +479,7 @@ static void run_all(Pool *p, void (*work)(void *, int), void *context) {
     p->work = work;
     p->context = context;
     meet(p);
-    if (work) work(context, 0);
+    work(context, 0);
     meet(p);
 }
 
@@ -523,10 +523,13 @@ static int choose_threads(const Pace *p, int threads) {
     return alone ? 1 : threads;
 }
 
+// Moving average of times, of which the first counts in full
+static void average(double *mean, double x) { *mean += (x - *mean) * (*mean > 0 ? 0.125 : 1); }
+
 static void note_time(Pace *p, double seconds) {
     const long into = p->tokens++ - p->trial;
     if (into < 0) {
-        p->usual += (seconds - p->usual) / (p->usual > 0 ? 8 : 1);
+        average(&p->usual, seconds);
         return;
     }
     const bool hopeless = seconds > (into == 0 ? 4 : p->hopeless) * p->usual;
@@ -1019,7 +1022,6 @@ typedef struct {
     Pool *pool;
     Pace pace;           // of one token
     Pace many_pace;      // of a token each of many stories; time is that of one of them
-    bool many;           // such are fed
     void *packed;        // the weights as matmul reads them, where the file has them otherwise
     const Row *rows;     // what feed() was given: n_rows of them,
     int n_rows;
@@ -1583,7 +1585,8 @@ static void feed(Model *m, const Row *rows, int n, int first_logits) {
     m->n_rows = n;
     m->first_logits = first_logits;
     Pool *pool = m->pool;
-    Pace *pace = pool->size == 1 ? NULL : n == 1 ? &m->pace : m->many ? &m->many_pace : NULL;
+    const bool one_text = rows[0].cache == rows[n - 1].cache;
+    Pace *pace = pool->size == 1 ? NULL : n == 1 ? &m->pace : one_text ? NULL : &m->many_pace;
     const double start = pace ? now() : 0;
     pool->n = pace ? choose_threads(pace, pool->size) : pool->size;  // who samples, too
     run_all(pool, forward_share, m);
@@ -1735,8 +1738,6 @@ static int choose_draft(Draft *d, int most) {
     if (++d->rounds % TRY == 0) n = n ? 0 : most < FEW ? most : FEW;
     return n;
 }
-
-static void average(double *mean, double x) { *mean += (x - *mean) * (*mean > 0 ? 0.125 : 1); }
 
 // ---------------------------------------------------------------------------------------------------------
 // Tokenizer: sentencepiece BPE from tokN.bin, with the same ids for every input
@@ -2406,9 +2407,7 @@ static long tell_stories(Session *s, Story *stories, int count, const Prompt *pr
             tokens += active[0]->pos - pos;
         } else if (n > 0) {
             for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->cache};
-            m->many = true;
             forward(m, rows, n, 0);
-            m->many = false;
             run_all(m->pool, sample_share, s);
             tokens += n;
         }
