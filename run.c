@@ -1637,29 +1637,26 @@ enum { DRAFT_GROUP = 32 };           // values that share a scale
 enum { SHORT_STORY = 32 };           // tokens to come for which the copy is not worth its making
 
 typedef struct {
-    Model *of;
-    Model model;                     // the same with coarser matrices
-    int most;                        // tokens ahead, at most; 0: there is no copy
+    int most;                        // tokens ahead, at most; 0: off, -1: as many as pay
+    Model model;                     // the same with coarser matrices, once it is made
     double acceptance_rate;          // share of the guesses that were right, lately; of so many seen,
     long seen;                       // the first of which count for more
     double guess, token, extra;      // seconds: of a guess, of a token without, that one with a guess to judge adds
-    long rounds, drafted, accepted;  // readings of the model's weights; tokens guessed, and right
+    long rounds, drafted, accepted;  // choices of how many to guess; tokens guessed, and right
 } Draft;
 
 // Rounds this thread's rows of each matrix to int8.
 static void draft_share(void *context, int thread) {
-    Draft *d = context;
-    Model *m = &d->model;
+    Model *m = context;
     const Config *c = &m->config;
     Activation rounded = activation(c, 1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
     for (int i = 0; i < matrices(c); i++) {
-        const float *in = matrix(&d->of->weights, c, i)->f;
         Tensor *t = matrix(&m->weights, c, i);
         int from, to;
         share(t->rows, LANES, thread, m->pool->n, &from, &to);
         for (int r = from; r < to; r++) {
             Activation row = rounded;
-            row.f = (float *)(uintptr_t)(in + (size_t)r * (size_t)t->cols);
+            row.f = (float *)(uintptr_t)(t->f + (size_t)r * (size_t)t->cols);
             m->kernels->quantize(&row, 0, t->cols, t->group, 8);
             pack_row(t, r, (unsigned char *)row.q, (unsigned char *)row.scale, m->kernels->flip);
         }
@@ -1689,8 +1686,8 @@ static bool drafts_pay(const Model *m) {
     return room != NULL;
 }
 
-static void make_draft(Draft *d, Model *m, int most) {
-    *d = (Draft){.of = m, .model = *m, .acceptance_rate = 0.8};
+static void make_draft(Draft *d, const Model *m) {
+    *d = (Draft){.most = d->most, .model = *m, .acceptance_rate = 0.8};
     Model *copy = &d->model;
     Config *c = &copy->config;
     copy->state = (RunState){0};
@@ -1708,12 +1705,11 @@ static void make_draft(Draft *d, Model *m, int most) {
     }
     allocate_bands(copy);
     copy->pool->n = copy->pool->size;
-    run_all(copy->pool, draft_share, d);
-    d->most = most;
+    run_all(copy->pool, draft_share, copy);
 }
 
 static void free_draft(Draft *d) {
-    if (d->most == 0) return;
+    if (!d->model.packed) return;  // never made
     free(d->model.packed);
     free(d->model.weights.layers);
     free_state(&d->model.state, d->model.pool->size);
@@ -2187,7 +2183,6 @@ typedef struct {
     Sampler sampler;
     Candidate *candidates;  // (threads, 2, vocab_size)
     Draft draft;
-    int draft_size;         // tokens to guess ahead, at most; -1: as many as pay
     int limit;              // positions that may be used
     Story *active[AT_ONCE]; // the stories that are being told at once
     bool flush_each;        // stdout is a terminal: show each token at once,
@@ -2324,9 +2319,10 @@ static void begin_story(Session *s, Story *story, const Prompt *prompt, bool las
 
 // Makes the draft of a story that goes on from position pos, if one is wanted.
 static void prepare_draft(Session *s, int pos) {
-    if (s->draft_size < 0) s->draft_size = s->limit - pos > SHORT_STORY && drafts_pay(&s->model) ? MAX_DRAFT : 0;
-    if (s->draft_size == 0 || s->draft.most > 0 || s->model.config.bits != 32) return;
-    make_draft(&s->draft, &s->model, s->draft_size);
+    Draft *d = &s->draft;
+    if (d->most < 0) d->most = s->limit - pos > SHORT_STORY && drafts_pay(&s->model) ? MAX_DRAFT : 0;
+    if (s->model.config.bits != 32) d->most = 0;
+    if (d->most > 0 && !d->model.packed) make_draft(d, &s->model);
 }
 
 // Chooses one or more tokens of a story, the last of which is story->next: as many as the draft guessed, and one.
@@ -2850,7 +2846,7 @@ int main(int argc, char **argv) {
 #endif
     const double start = now();
     Options o = parse_options(argc, argv);
-    Session s = {.flush_each = isatty(fileno(stdout)), .plain = o.plain, .draft_size = o.draft};
+    Session s = {.flush_each = isatty(fileno(stdout)), .plain = o.plain, .draft.most = o.draft};
     Pool pool;
     load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
     start_pool(&pool, o.threads ? o.threads : physical_cores(), o.threads == 0);
