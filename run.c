@@ -184,6 +184,7 @@ typedef struct {      // one instruction set's; see there
 } Kernels;
 
 typedef struct {
+    const char *path;
     const unsigned char *data;
     size_t size;
     bool mapped;  // by mmap, else malloc'ed
@@ -301,7 +302,7 @@ static Text read_stream(FILE *f, const char *name) {
 
 // `hint` says how to make the file, for those who have not yet.
 static File open_file(const char *path, const char *hint) {
-    File file = {0};
+    File file = {.path = path};
     struct stat st;
     FILE *f = fopen(path, "rb");
     if (!f) die(path, "cannot open: %s%s", strerror(errno), errno == ENOENT ? hint : "");
@@ -312,12 +313,12 @@ static File open_file(const char *path, const char *hint) {
     if (S_ISREG(st.st_mode) && st.st_size > 0 && (uintmax_t)st.st_size <= SIZE_MAX) {
         void *data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fileno(f), 0);
         if (data == MAP_FAILED) die(path, "cannot map into memory: %s", strerror(errno));
-        file = (File){.data = data, .size = (size_t)st.st_size, .mapped = true};
+        file = (File){path, data, (size_t)st.st_size, true};
     }
 #endif
     if (!file.mapped) {  // Windows, a pipe, an empty file
         Text all = read_stream(f, path);
-        file = (File){.data = (unsigned char *)all.data, .size = all.len, .mapped = false};
+        file = (File){path, (unsigned char *)all.data, all.len, false};
     }
     fclose(f);
     return file;
@@ -1013,7 +1014,6 @@ static const Kernels *find_kernels(const char *name) {
 }
 
 typedef struct {
-    const char *path;
     File file;  // the weights point into it
     Config config;
     Weights weights;
@@ -1036,7 +1036,6 @@ enum { MAX_WIDTH = 1 << 24, MAX_LAYERS = 1 << 14 };
 enum { MAX_GROUP = 1 << 16 };  // the sum of this many int8 products fits in int32
 
 typedef struct {
-    const char *path;
     const File *file;
     size_t at;  // bytes walked over; goes on past a truncated file's end, to know the size it should have
 } Walk;
@@ -1045,7 +1044,7 @@ typedef struct {
 static const unsigned char *take(Walk *w, size_t a, size_t b, size_t element) {
     size_t start = w->at, count, bytes;
     if (mul_overflows(a, b, &count) || mul_overflows(count, element, &bytes) || bytes > SIZE_MAX - start) {
-        die(w->path, "the header describes a model larger than memory can address");
+        die(w->file->path, "the header describes a model larger than memory can address");
     }
     w->at = start + bytes;
     return w->at <= w->file->size ? w->file->data + start : NULL;
@@ -1103,7 +1102,8 @@ static void walk_weights(Walk *f, const Config *c, int version, Weights *w) {
 #define REMAKE "; make it again: python export.py model.bin"
 
 // Files that people hand over by mistake: say what they are.
-static void refuse_other_formats(const char *path, const File *file) {
+static void refuse_other_formats(const File *file) {
+    const char *path = file->path;
     const unsigned char *d = file->data;
     size_t n = file->size < 64 ? file->size : 64;
     bool text = true;
@@ -1153,15 +1153,16 @@ static void check_config(const char *path, const Config *c) {
 
 // Reads the version and the config; returns the version.
 static int read_header(Walk *f, Config *c) {
+    const char *path = f->file->path;
     const unsigned char *d = f->file->data;
     int version = 0;
     const unsigned char *ints = d;
-    refuse_other_formats(f->path, f->file);
-    if (f->file->size < V0_HEADER) die(f->path, "truncated: %zu bytes are no model", f->file->size);
+    refuse_other_formats(f->file);
+    if (f->file->size < V0_HEADER) die(path, "truncated: %zu bytes are no model", f->file->size);
     if (i32_at(d) == MODEL_MAGIC) {
         version = i32_at(d + 4);
-        if (version < 1 || version > 3) die(f->path, "model version %d; run knows 0 to 3", version);
-        if (f->file->size < V1_HEADER) die(f->path, "truncated: the file ends inside its header");
+        if (version < 1 || version > 3) die(path, "model version %d; run knows 0 to 3", version);
+        if (f->file->size < V1_HEADER) die(path, "truncated: the file ends inside its header");
         ints = d + 8;
     }
     int vocab_size = i32_at(ints + 20);
@@ -1177,18 +1178,18 @@ static int read_header(Walk *f, Config *c) {
         if (vocab_size < 0 && vocab_size != INT_MIN) c->vocab_size = -vocab_size;
     } else {
         f->at = V1_HEADER;
-        if (d[36] > 1) die(f->path, "damaged header: the shared-classifier byte is %d", d[36]);
+        if (d[36] > 1) die(path, "damaged header: the shared-classifier byte is %d", d[36]);
         c->shared_classifier = d[36] == 1;
         if (f32_at(d + 48) != 0) c->rope_theta = f32_at(d + 48);  // bytes that llama2.c leaves zero
         if (f32_at(d + 52) != 0) c->norm_eps = f32_at(d + 52);
     }
-    check_config(f->path, c);
+    check_config(path, c);
     c->head_size = c->dim / c->n_heads;
     c->kv_dim = c->n_kv_heads * c->head_size;
     if (version == 2) {
         int group = i32_at(d + 37);
         if (group < 1 || group > MAX_GROUP || c->dim % group || c->hidden_dim % group) {
-            die(f->path, "int8 group size %d does not divide dim %d and hidden_dim %d; export it again",
+            die(path, "int8 group size %d does not divide dim %d and hidden_dim %d; export it again",
                 group, c->dim, c->hidden_dim);
         }
         c->group_size = group;
@@ -1196,7 +1197,7 @@ static int read_header(Walk *f, Config *c) {
     }
     if (version == 3) {
         int group = i32_at(d + 37);
-        if (group != GROUP4) die(f->path, "damaged header: 4-bit groups of %d, not 32", group);
+        if (group != GROUP4) die(path, "damaged header: 4-bit groups of %d, not 32", group);
         c->group_size = group;
         c->bits = 4;
     }
@@ -1289,10 +1290,9 @@ static KVCache new_cache(const Model *m, int n) {
 }
 
 static void load_model(Model *m, const char *path, const Kernels *kernels) {
-    *m = (Model){.path = path, .kernels = kernels,
-                 .file = open_file(path, "; train.py makes a model, and of a checkpoint: "
-                                         "python export.py model.bin")};
-    Walk f = {.path = path, .file = &m->file};
+    const char *hint = "; train.py makes a model, and of a checkpoint: python export.py model.bin";
+    *m = (Model){.kernels = kernels, .file = open_file(path, hint)};
+    Walk f = {.file = &m->file};
     Config *c = &m->config;
     int version = read_header(&f, c);
     m->weights.layers = allocate(c->n_layers, 1, sizeof(Layer), "layers");
@@ -1597,8 +1597,8 @@ static void check_logits(const Model *m, const float *logits, int pos) {
     if (m->kernels->finite(logits, m->config.vocab_size)) return;
     int i = 0;
     while (fabsf(logits[i]) <= FLT_MAX) i++;
-    die(m->path, "the model computes %f for token %d at position %d: its weights are damaged", (double)logits[i], i,
-        pos);
+    die(m->file.path, "the model computes %f for token %d at position %d: its weights are damaged",
+        (double)logits[i], i, pos);
 }
 
 // The same; returns the first one's logits, all checked, and NULL when first_logits is n.
@@ -1739,7 +1739,6 @@ static int choose_draft(Draft *d, int most) {
 // Tokenizer: sentencepiece BPE from tokN.bin, with the same ids for every input
 
 typedef struct {
-    const char *path;
     File file;              // the pieces' bytes lie here
     int size;
     const unsigned char **piece;  // (size,) not NUL-terminated; a space stands for sentencepiece's U+2581
@@ -1785,12 +1784,12 @@ static int parse_byte_piece(const unsigned char *s, int n) {
     return high < 0 || low < 0 ? -1 : high * 16 + low;
 }
 
-static _Noreturn void bad_tokenizer(const char *path, const File *file, const char *what, int id) {
+static _Noreturn void bad_tokenizer(const File *file, const char *what, int id) {
     if (file->size > 0 && file->data[0] == '\n') {  // how sentencepiece's protobuf starts
-        die(path, "this is a sentencepiece model; convert it: "
-            "python tokenizer.py --tokenizer-model=%s", path);
+        die(file->path, "this is a sentencepiece model; convert it: "
+            "python tokenizer.py --tokenizer-model=%s", file->path);
     }
-    die(path, "not a tokenizer .bin, or damaged: %s (token %d); make one of its .model: "
+    die(file->path, "not a tokenizer .bin, or damaged: %s (token %d); make one of its .model: "
         "python tokenizer.py --tokenizer-model=FILE.model", what, id);
 }
 
@@ -1801,14 +1800,14 @@ static int walk_pieces(Tokenizer *t) {
     size_t at = 4;  // skips the longest length, which llama2.c needs and we compute
     int id = 0;
     for (; at < f->size; id++) {
-        if (id >= MAX_WIDTH) bad_tokenizer(t->path, f, "too many tokens", id);
-        if (f->size - at < 8) bad_tokenizer(t->path, f, "it ends inside a token", id);
+        if (id >= MAX_WIDTH) bad_tokenizer(f, "too many tokens", id);
+        if (f->size - at < 8) bad_tokenizer(f, "it ends inside a token", id);
         float score = f32_at(f->data + at);
         uint32_t length = (uint32_t)i32_at(f->data + at + 4);
         at += 8;
-        if (length > f->size - at) bad_tokenizer(t->path, f, "a length goes beyond its end", id);
-        if (length > MAX_WIDTH) bad_tokenizer(t->path, f, "a length is too large", id);
-        if (isnan(score)) bad_tokenizer(t->path, f, "a score is not a number", id);
+        if (length > f->size - at) bad_tokenizer(f, "a length goes beyond its end", id);
+        if (length > MAX_WIDTH) bad_tokenizer(f, "a length is too large", id);
+        if (isnan(score)) bad_tokenizer(f, "a score is not a number", id);
         if (t->piece) {
             t->piece[id] = f->data + at;
             t->length[id] = (int)length;
@@ -1821,10 +1820,10 @@ static int walk_pieces(Tokenizer *t) {
 
 static void load_tokenizer(Tokenizer *t, const char *path) {
     const char *hint = "; make it of its .model: python tokenizer.py --tokenizer-model=FILE.model";
-    *t = (Tokenizer){.path = path, .file = open_file(path, hint)};
-    if (t->file.size < 4) bad_tokenizer(path, &t->file, "too few bytes", 0);
+    *t = (Tokenizer){.file = open_file(path, hint)};
+    if (t->file.size < 4) bad_tokenizer(&t->file, "too few bytes", 0);
     t->size = walk_pieces(t);
-    if (t->size == 0) bad_tokenizer(path, &t->file, "no tokens in it", 0);
+    if (t->size == 0) bad_tokenizer(&t->file, "no tokens in it", 0);
     size_t n = (size_t)t->size;
     t->piece = allocate(n, 1, sizeof *t->piece, "the tokenizer");
     t->length = allocate(n, 1, sizeof *t->length, "the tokenizer");
@@ -2233,7 +2232,7 @@ static void print_stats(const Session *s, const Stats *t) {
 static void check_ids(const Session *s, const Tokens *t) {
     for (int i = 0; i < t->n; i++) {
         if (t->ids[i] >= s->model.config.vocab_size) {
-            die(s->tokenizer.path, "the prompt needs token %d, but the model has only %d; "
+            die(s->tokenizer.file.path, "the prompt needs token %d, but the model has only %d; "
                 "use its own tokenizer (-z)", t->ids[i], s->model.config.vocab_size);
         }
     }
@@ -2245,7 +2244,7 @@ static Tokens encode_prompt(const Session *s, const char *text, size_t n) {
     const int seq_len = s->model.config.seq_len;
     check_ids(s, &t);
     if (t.n > seq_len) {
-        die(s->model.path, "the prompt is %d tokens long, but the model's context holds %d; shorten it",
+        die(s->model.file.path, "the prompt is %d tokens long, but the model's context holds %d; shorten it",
             t.n, seq_len);
     }
     return t;
@@ -2534,7 +2533,7 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
         check_ids(s, &t);
         bool fits = t.n <= s->limit - story.pos;
         if (!fits && turns == 0) {
-            die(s->limit < seq_len ? "-n" : s->model.path, "the first prompt is %d tokens long, more than %d",
+            die(s->limit < seq_len ? "-n" : s->model.file.path, "the first prompt is %d tokens long, more than %d",
                 t.n, s->limit);
         }
         if (fits) answer(s, &story, &t, stats);
@@ -2808,7 +2807,7 @@ static const char *default_tokenizer(int vocab_size) {
 static void warn_of_wrong_tokenizer(const Session *s) {
     const int vocab_size = s->model.config.vocab_size;
     if (s->tokenizer.size == vocab_size) return;
-    warn("warning", "%s holds %d tokens, but the model's vocabulary has %d: try -z %s", s->tokenizer.path,
+    warn("warning", "%s holds %d tokens, but the model's vocabulary has %d: try -z %s", s->tokenizer.file.path,
          s->tokenizer.size, vocab_size, likely_tokenizer(vocab_size));
 }
 
