@@ -1186,20 +1186,14 @@ static int read_header(Walk *f, Config *c) {
     check_config(path, c);
     c->head_size = c->dim / c->n_heads;
     c->kv_dim = c->n_kv_heads * c->head_size;
-    if (version == 2) {
-        int group = i32_at(d + 37);
-        if (group < 1 || group > MAX_GROUP || c->dim % group || c->hidden_dim % group) {
+    if (version >= 2) {
+        const int group = c->group_size = i32_at(d + 37);
+        c->bits = version == 2 ? 8 : 4;
+        if (version == 2 && (group < 1 || group > MAX_GROUP || c->dim % group || c->hidden_dim % group)) {
             die(path, "int8 group size %d does not divide dim %d and hidden_dim %d; export it again",
                 group, c->dim, c->hidden_dim);
         }
-        c->group_size = group;
-        c->bits = 8;
-    }
-    if (version == 3) {
-        int group = i32_at(d + 37);
-        if (group != GROUP4) die(path, "damaged header: 4-bit groups of %d, not 32", group);
-        c->group_size = group;
-        c->bits = 4;
+        if (version == 3 && group != GROUP4) die(path, "damaged header: 4-bit groups of %d, not 32", group);
     }
     c->kv_bytes = c->bits == 32 ? sizeof(float) : sizeof(uint16_t);
     return version;
@@ -1744,7 +1738,6 @@ typedef struct {
     const unsigned char **piece;  // (size,) not NUL-terminated; a space stands for sentencepiece's U+2581
     int *length;            // (size,)
     float *score;           // (size,) pairs with higher scores are merged first
-    int *byte_value;        // (size,) 0 to 255 for pieces like <0x0A>, else -1
     int byte_id[256];       // id of each byte's piece, -1 if there is none
     bool byte_fallback;     // all 256 are there
     int max_length;         // of a piece that text can match
@@ -1772,16 +1765,12 @@ static int find_piece(const Tokenizer *t, const unsigned char *s, int n) {
     return -1;
 }
 
-static int hex_digit(unsigned char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    return c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-}
-
 // The byte a piece like <0x0A> stands for, or -1.
 static int parse_byte_piece(const unsigned char *s, int n) {
+    static const char digits[] = "0123456789ABCDEF";
     if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>') return -1;
-    int high = hex_digit(s[3]), low = hex_digit(s[4]);
-    return high < 0 || low < 0 ? -1 : high * 16 + low;
+    const char *high = memchr(digits, s[3], 16), *low = memchr(digits, s[4], 16);
+    return high && low ? (int)(16 * (high - digits) + (low - digits)) : -1;
 }
 
 static _Noreturn void bad_tokenizer(const File *file, const char *what, int id) {
@@ -1828,7 +1817,6 @@ static void load_tokenizer(Tokenizer *t, const char *path) {
     t->piece = allocate(n, 1, sizeof *t->piece, "the tokenizer");
     t->length = allocate(n, 1, sizeof *t->length, "the tokenizer");
     t->score = allocate(n, 1, sizeof *t->score, "the tokenizer");
-    t->byte_value = allocate(n, 1, sizeof *t->byte_value, "the tokenizer");
     walk_pieces(t);
 
     for (t->mask = 15; t->mask / 2 < n; ) t->mask = t->mask * 2 + 1;
@@ -1836,7 +1824,7 @@ static void load_tokenizer(Tokenizer *t, const char *path) {
     for (uint32_t i = 0; i <= t->mask; i++) t->slots[i] = -1;
     for (int b = 0; b < 256; b++) t->byte_id[b] = -1;
     for (int id = 0; id < t->size; id++) {
-        int byte = t->byte_value[id] = parse_byte_piece(t->piece[id], t->length[id]);
+        int byte = parse_byte_piece(t->piece[id], t->length[id]);
         if (byte >= 0 && t->byte_id[byte] < 0) t->byte_id[byte] = id;
         // "<s>" or "<0x41>" typed by a user is text: special pieces stay out of the table
         if (id == UNK || id == BOS || id == EOS || byte >= 0 || t->length[id] == 0) continue;
@@ -1851,7 +1839,7 @@ static void load_tokenizer(Tokenizer *t, const char *path) {
 }
 
 static void free_tokenizer(Tokenizer *t) {
-    void *buffers[] = {t->piece, t->length, t->score, t->byte_value, t->slots};
+    void *buffers[] = {t->piece, t->length, t->score, t->slots};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     close_file(&t->file);
 }
@@ -2005,8 +1993,9 @@ static void append_token(Text *out, const Tokenizer *t, int prev, int id) {
     if (id < 0 || id >= t->size) return;
     const unsigned char *s = t->piece[id];
     int n = t->length[id];
-    unsigned char byte = (unsigned char)t->byte_value[id];
-    if (t->byte_value[id] >= 0) {  // half of an emoji, perhaps: bytes above 127 are printed as they are
+    const int value = parse_byte_piece(s, n);
+    const unsigned char byte = (unsigned char)value;
+    if (value >= 0) {  // half of an emoji, perhaps: bytes above 127 are printed as they are
         s = &byte;
         n = 1;
     } else if (prev == BOS && n > 0 && s[0] == ' ') {  // the dummy prefix

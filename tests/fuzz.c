@@ -367,7 +367,7 @@ typedef struct {
 
 PLAIN int plain_find(const Tokenizer *t, const unsigned char *s, int n) {
     for (int id = 3; id < t->size; id++) {
-        const bool text = t->byte_value[id] < 0 && t->length[id] > 0;
+        const bool text = parse_byte_piece(t->piece[id], t->length[id]) < 0 && t->length[id] > 0;
         if (text && t->length[id] == n && !memcmp(t->piece[id], s, (size_t)n)) return id;
     }
     return -1;
@@ -433,7 +433,7 @@ PLAIN void plain_merge(const Tokenizer *t, Symbols *s) {
 
 PLAIN int plain_byte(const Tokenizer *t, unsigned char byte) {
     int id = 0;
-    while (id < t->size && t->byte_value[id] != byte) id++;
+    while (id < t->size && parse_byte_piece(t->piece[id], t->length[id]) != byte) id++;
     return id < t->size ? id : -1;
 }
 
