@@ -290,6 +290,8 @@ static void text_append(Text *t, const void *bytes, size_t n) {
     t->data[t->len] = '\0';
 }
 
+static void text_append_string(Text *t, const char *s) { text_append(t, s, strlen(s)); }
+
 static Text read_stream(FILE *f, const char *name) {
     Text t = {0};
     char chunk[1 << 14];
@@ -347,15 +349,6 @@ static Text read_text(const char *path) {
     }
     t.len = n;
     return t;
-}
-
-// The first place of `what` in from..to, or NULL
-static char *find_bytes(char *from, const char *to, const char *what) {
-    const size_t n = strlen(what);
-    for (; (size_t)(to - from) >= n; from++) {
-        if (!memcmp(from, what, n)) return from;
-    }
-    return NULL;
 }
 
 static void flush_stdout(void) {
@@ -2217,21 +2210,22 @@ static void print_stats(const Session *s, const Stats *t) {
             per_second(t->decoded, t->decode), s->draft.drafted, s->draft.accepted, peak_memory());
 }
 
-// Refuses tokens that the model does not have.
-static void check_ids(const Session *s, const Tokens *t) {
-    for (int i = 0; i < t->n; i++) {
-        if (t->ids[i] >= s->model.config.vocab_size) {
+// Encodes text for this model and refuses tokens that it does not have.
+static Tokens encode_text(const Session *s, const char *text, size_t n) {
+    Tokens t = encode(&s->tokenizer, text, n);
+    for (int i = 0; i < t.n; i++) {
+        if (t.ids[i] >= s->model.config.vocab_size) {
             die(s->tokenizer.file.path, "the prompt needs token %d, but the model has only %d; "
-                "use its own tokenizer (-z)", t->ids[i], s->model.config.vocab_size);
+                "use its own tokenizer (-z)", t.ids[i], s->model.config.vocab_size);
         }
     }
+    return t;
 }
 
-// Encodes text for this model and refuses what it cannot be fed.
-static Tokens encode_prompt(const Session *s, const char *text, size_t n) {
-    Tokens t = encode(&s->tokenizer, text, n);
+// The same of a text that must fit into the context
+static Tokens encode_prompt(const Session *s, const Text *text) {
     const int seq_len = s->model.config.seq_len;
-    check_ids(s, &t);
+    Tokens t = encode_text(s, text->data, text->len);
     if (t.n > seq_len) {
         die(s->model.file.path, "the prompt is %d tokens long, but the model's context holds %d; shorten it",
             t.n, seq_len);
@@ -2402,7 +2396,7 @@ static long tell_stories(Session *s, Story *stories, int count, const Prompt *pr
 
 // Tells `count` stories that begin with the prompt, with the seeds seed, seed + 1, ...
 static void generate(Session *s, const Text *text, int count, uint64_t seed, Stats *stats) {
-    Prompt prompt = {encode_prompt(s, text->data, text->len), .cache = new_cache(&s->model, s->limit)};
+    Prompt prompt = {encode_prompt(s, text), .cache = new_cache(&s->model, s->limit)};
     const Tokens *t = &prompt.tokens;
     prompt.fed = t->n < s->limit ? t->n : s->limit;
     if (prompt.fed < t->n) {
@@ -2454,27 +2448,21 @@ static bool ask(const char *question, Text *line) {
 // none: they go on with the text so far.
 static void render_turn(Text *out, const Text *system, const Text *user, bool plain) {
     out->len = 0;
-    if (plain) {
-        text_append(out, system->data, system->len);
-        if (system->len) text_append(out, "\n", 1);
-        text_append(out, user->data, user->len);
-        return;
-    }
-    text_append(out, "[INST] ", 7);
+    if (!plain) text_append_string(out, "[INST] ");
     if (system->len) {
-        text_append(out, "<<SYS>>\n", 8);
+        if (!plain) text_append_string(out, "<<SYS>>\n");
         text_append(out, system->data, system->len);
-        text_append(out, "\n<</SYS>>\n\n", 11);
+        text_append_string(out, plain ? "\n" : "\n<</SYS>>\n\n");
     }
     text_append(out, user->data, user->len);
-    text_append(out, " [/INST]", 8);
+    if (!plain) text_append_string(out, " [/INST]");
 }
 
 // Samples an answer up to its end or the end of the context.
 static void answer(Session *s, Story *chat, const Tokens *t, Stats *stats) {
     Model *m = &s->model;
     const double start = now();
-    text_append(&chat->text, "Assistant: ", s->plain ? 0 : 11);
+    if (!s->plain) text_append_string(&chat->text, "Assistant: ");
     chat->prev = t->ids[t->n - 1];
     prefill(m, &chat->cache, t->ids, t->n, chat->pos);
     const double prompted = now();
@@ -2507,7 +2495,7 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
     for (int turns = 0; ; turns++) {
         system.len = 0;
         if (turns == 0 && first_system) {
-            text_append(&system, first_system, strlen(first_system));
+            text_append_string(&system, first_system);
         } else if (turns == 0 && !s->plain) {
             ask("Enter system prompt (optional): ", &system);
         }
@@ -2518,8 +2506,7 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
             break;
         }
         render_turn(&turn, &system, &user, s->plain);
-        Tokens t = encode(&s->tokenizer, turn.data, turn.len);
-        check_ids(s, &t);
+        Tokens t = encode_text(s, turn.data, turn.len);
         bool fits = t.n <= s->limit - story.pos;
         if (!fits && turns == 0) {
             die(s->limit < seq_len ? "-n" : s->model.file.path, "the first prompt is %d tokens long, more than %d",
@@ -2550,7 +2537,7 @@ static void print_tokens(const Session *s, const Text *prompt) {
 
 // --logits: a line of vocab_size numbers for each position of the prompt
 static void print_logits(Session *s, const Text *prompt) {
-    Tokens t = encode_prompt(s, prompt->data, prompt->len);
+    Tokens t = encode_prompt(s, prompt);
     if (t.n > s->limit) die("-n", "the prompt is %d tokens long, more than -n allows", t.n);
     const int vocab_size = s->model.config.vocab_size;
     KVCache cache = new_cache(&s->model, t.n);
@@ -2565,6 +2552,15 @@ static void print_logits(Session *s, const Text *prompt) {
     }
     free(cache.block);
     free(t.ids);
+}
+
+// The first place of `what` in from..to, or NULL
+static char *find_bytes(char *from, const char *to, const char *what) {
+    const size_t n = strlen(what);
+    for (; (size_t)(to - from) >= n; from++) {
+        if (!memcmp(from, what, n)) return from;
+    }
+    return NULL;
 }
 
 // --perplexity: how well the model foresees each token of some stories, and their ends. They are separated by
@@ -2582,8 +2578,7 @@ static void print_perplexity(Session *s, const char *path, Stats *stats) {
         while (p < end && isspace((unsigned char)end[-1])) end--;
         if (next) next += sizeof separator - 1;
         if (p == end) continue;
-        Tokens t = encode(&s->tokenizer, p, (size_t)(end - p));
-        check_ids(s, &t);
+        Tokens t = encode_text(s, p, (size_t)(end - p));
         KVCache cache = new_cache(&s->model, t.n < seq_len ? t.n : seq_len);
         for (int at = 0, n; at < t.n; at += n) {
             const int pos = at % seq_len, left = t.n - at < seq_len - pos ? t.n - at : seq_len - pos;
@@ -2805,7 +2800,7 @@ static Text read_prompt(const Options *o) {
     Text t = {0};
     const bool from_stdin = o->prompt && !strcmp(o->prompt, "-");
     if (o->prompt && !from_stdin) {
-        text_append(&t, o->prompt, strlen(o->prompt));
+        text_append_string(&t, o->prompt);
     } else if (o->file || (from_stdin && !o->chat)) {  // a chat reads stdin anyway
         t = read_text(o->file ? o->file : "-");
         if (t.len > 0 && t.data[t.len - 1] == '\n') t.len--;  // echo's, or the editor's
