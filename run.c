@@ -232,6 +232,9 @@ PRINTF static _Noreturn void die(const char *subject, const char *format, ...) {
     exit(EXIT_FAILURE);
 }
 
+static int imin(int a, int b) { return a < b ? a : b; }
+static int imax(int a, int b) { return a > b ? a : b; }
+
 static bool mul_overflows(size_t a, size_t b, size_t *product) {
     *product = a * b;
     return b != 0 && a > SIZE_MAX / b;
@@ -529,7 +532,7 @@ static void note_time(Pace *p, double seconds) {
     const bool hopeless = seconds > (into == 0 ? 4 : p->hopeless) * p->usual;
     if (into > 0) p->tried += seconds / (TRIAL - 1);  // the first token wakes the threads
     if (into + 1 < TRIAL && !hopeless) return;
-    p->pause = 2 * p->pause > LONGEST_PAUSE ? LONGEST_PAUSE : 2 * p->pause;
+    p->pause = imin(2 * p->pause, LONGEST_PAUSE);
     if (p->tried < p->usual && !hopeless) {
         p->alone = !p->alone;
         p->usual = p->tried;
@@ -542,10 +545,8 @@ static void note_time(Pace *p, double seconds) {
 // Thread `thread` of n gets from..to of count things; blocks of `block` stay together.
 static void share(int count, int block, int thread, int n, int *from, int *to) {
     const int64_t blocks = (count + block - 1) / block;
-    *from = (int)(blocks * thread / n * block);
-    *to = (int)(blocks * (thread + 1) / n * block);
-    if (*from > count) *from = count;
-    if (*to > count) *to = count;
+    *from = imin((int)(blocks * thread / n * block), count);
+    *to = imin((int)(blocks * (thread + 1) / n * block), count);
 }
 
 // A container's limit: the first number of a file, as a share of the second, if there is one. Infinite without.
@@ -1232,10 +1233,10 @@ static void free_state(RunState *s, int threads) {
 static void reserve_state(Model *m, int rows, int logit_rows, size_t positions) {
     const Config *c = &m->config;
     RunState *s = &m->state;
-    const int threads = m->pool->size, widest = c->dim > c->hidden_dim ? c->dim : c->hidden_dim;
+    const int threads = m->pool->size, widest = imax(c->dim, c->hidden_dim);
     if (rows <= s->rows && logit_rows <= s->logit_rows && positions <= s->room) return;
-    if (rows < s->rows) rows = s->rows;
-    if (logit_rows < s->logit_rows) logit_rows = s->logit_rows;
+    rows = imax(rows, s->rows);
+    logit_rows = imax(logit_rows, s->logit_rows);
     if (positions < s->room) positions = s->room;
     free_state(s, threads);
     *s = (RunState){.rows = rows, .logit_rows = logit_rows, .room = positions,
@@ -1636,7 +1637,7 @@ typedef struct {
 static void draft_share(void *context, int thread) {
     Model *m = context;
     const Config *c = &m->config;
-    Activation rounded = activation(c, 1, c->dim > c->hidden_dim ? c->dim : c->hidden_dim);
+    Activation rounded = activation(c, 1, imax(c->dim, c->hidden_dim));
     for (int i = 0; i < matrices(c); i++) {
         Tensor *t = matrix(&m->weights, c, i);
         int from, to;
@@ -1708,7 +1709,7 @@ static int choose_draft(Draft *d, int most) {
     enum { TRY = 32, FEW = 2, FIRST = 4 };  // every 32nd time; before anything is known
     double tokens = 1, power = 1, best = 0;
     int n = 0;
-    if (d->guess == 0) return most < FIRST ? most : FIRST;
+    if (d->guess == 0) return imin(most, FIRST);
     for (int i = 0; i <= most; i++) {
         const double rate = tokens / (d->token + i * (d->guess + d->extra));
         if (rate > best) {
@@ -1718,7 +1719,7 @@ static int choose_draft(Draft *d, int most) {
         power *= d->acceptance_rate;
         tokens += power;
     }
-    if (++d->rounds % TRY == 0) n = n ? 0 : most < FEW ? most : FEW;
+    if (++d->rounds % TRY == 0) n = n ? 0 : imin(most, FEW);
     return n;
 }
 
@@ -2031,7 +2032,7 @@ static int argmax(const float *x, int n) {
     int at = 0;
     for (int i = 0; i < n; i += STRETCH) {
         float top[8] = {x[i], x[i], x[i], x[i], x[i], x[i], x[i], x[i]};
-        int end = n - i < STRETCH ? n : i + STRETCH, j = i;
+        int end = i + imin(STRETCH, n - i), j = i;
         for (; j + 8 <= end; j += 8) {
             for (int k = 0; k < 8; k++) top[k] = x[j + k] > top[k] ? x[j + k] : top[k];
         }
@@ -2312,7 +2313,7 @@ static void tell_on(Session *s, Story *story) {
     Model *m = &s->model;
     Draft *d = &s->draft;
     Row rows[MAX_DRAFT + 1];
-    const int left = s->limit - 1 - story->pos, most = d->most < left ? d->most : left;
+    const int most = imin(d->most, s->limit - 1 - story->pos);
     const int wanted = most > 0 && d->token > 0 ? choose_draft(d, most) : 0;
     uint64_t rng = story->rng;  // the guesses see the same random numbers, which makes them agree more often
     int guesses = 0, right = 0;
@@ -2398,7 +2399,7 @@ static long tell_stories(Session *s, Story *stories, int count, const Prompt *pr
 static void generate(Session *s, const Text *text, int count, uint64_t seed, Stats *stats) {
     Prompt prompt = {encode_prompt(s, text), .cache = new_cache(&s->model, s->limit)};
     const Tokens *t = &prompt.tokens;
-    prompt.fed = t->n < s->limit ? t->n : s->limit;
+    prompt.fed = imin(t->n, s->limit);
     if (prompt.fed < t->n) {
         warn("-n", "the prompt is %d tokens long, only its first %d are used", t->n, prompt.fed);
     }
@@ -2541,14 +2542,13 @@ static void print_logits(Session *s, const Text *prompt) {
     if (t.n > s->limit) die("-n", "the prompt is %d tokens long, more than -n allows", t.n);
     const int vocab_size = s->model.config.vocab_size;
     KVCache cache = new_cache(&s->model, t.n);
-    for (int pos = 0; pos < t.n; ) {
-        int n = t.n - pos < LOGIT_ROWS ? t.n - pos : LOGIT_ROWS;
+    for (int pos = 0, n; pos < t.n; pos += n) {
+        n = imin(LOGIT_ROWS, t.n - pos);
         float *logits = forward_text(&s->model, &cache, t.ids + pos, n, pos, n);
         for (int j = 0; j < n; j++, logits += s->model.state.vocab_width) {
             for (int i = 0; i < vocab_size; i++) printf("%s%.9g", i ? " " : "", (double)logits[i]);
             putchar('\n');
         }
-        pos += n;
     }
     free(cache.block);
     free(t.ids);
@@ -2579,10 +2579,10 @@ static void print_perplexity(Session *s, const char *path, Stats *stats) {
         if (next) next += sizeof separator - 1;
         if (p == end) continue;
         Tokens t = encode_text(s, p, (size_t)(end - p));
-        KVCache cache = new_cache(&s->model, t.n < seq_len ? t.n : seq_len);
+        KVCache cache = new_cache(&s->model, imin(t.n, seq_len));
         for (int at = 0, n; at < t.n; at += n) {
-            const int pos = at % seq_len, left = t.n - at < seq_len - pos ? t.n - at : seq_len - pos;
-            n = left < LOGIT_ROWS ? left : LOGIT_ROWS;
+            const int pos = at % seq_len;
+            n = imin(LOGIT_ROWS, imin(t.n - at, seq_len - pos));
             const float *logits = forward_text(&s->model, &cache, t.ids + at, n, pos, n);
             for (int i = 0; i < n; i++, logits += s->model.state.vocab_width) {
                 const int target = at + i + 1 < t.n ? t.ids[at + i + 1] : BOS;
@@ -2938,7 +2938,7 @@ KERNEL void V(quantize)(Activation *x, int row, int cols, int group, int bits) {
         const float *v = x->f + (size_t)row * x->width + (size_t)g * (size_t)group;
         const size_t at = (size_t)row * x->groups + (size_t)g;
         int8_t *q = x->q + at * x->units * 4;
-        const int n = cols - g * group < group ? cols - g * group : group;
+        const int n = imin(group, cols - g * group);
         F top = zero, check = zero;
         int i = 0;
         for (; i < n; i += LANES) {
@@ -3208,7 +3208,7 @@ KERNEL void V(swiglu)(float *gate, const float *up, int n) {
 KERNEL void V(store_kv)(unsigned char *cache, size_t at, const float *v, int size, size_t kv_bytes) {
     const F zero = V(set1)(0.0f), least = V(set1)(-65504.0f);  // what a half float holds; a NaN stays one
     for (int i = 0; i < size; i += LANES) {
-        const int n = size - i < LANES ? size - i : LANES;
+        const int n = imin(LANES, size - i);
         uint16_t half[LANES];
         if (kv_bytes == 2) {
             F x = V(load_up_to)(v + i, n);
@@ -3270,7 +3270,7 @@ HELPER void V(mix)(const int N, const int E, const size_t B, const Query *querie
 HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, const Query *queries,
                         const unsigned char *keys, const unsigned char *values, size_t room, int size, float *scores) {
     int last = 0;
-    for (int j = 0; j < N; j++) last = queries[j].pos > last ? queries[j].pos : last;
+    for (int j = 0; j < N; j++) last = imax(last, queries[j].pos);
     const int blocks = (int)round_up((size_t)last + 1, LANES);
     int t = 0;
     for (; t + D * LANES <= blocks; t += D * LANES) V(score)(N, D, B, queries, keys, values, room, size, t, scores);
