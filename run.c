@@ -69,7 +69,7 @@ enum { BAND = 64 };                   // bytes of a vector: for each row of a ba
 enum { GROUP4 = 32 };                 // 4-bit values that share a scale
 enum { SMALL_MODEL = 32 << 20 };      // bytes of a file that a cache may hold: there reading is not what takes time
 enum { LARGE_CACHE = 128 << 20 };     // bytes of keys and values that one text had better not take all at once
-enum { MANY = 64 };                   // rows of input from which on fp32 weights are worth reordering
+enum { PACK_ROWS = 64 };                   // rows of input from which on fp32 weights are worth reordering
 
 // ---------------------------------------------------------------------------------------------------------
 // Structs
@@ -180,7 +180,7 @@ typedef struct {      // one instruction set's; see there
     void (*attend)(int n, const Query *queries, const unsigned char *keys, const unsigned char *values,
                    size_t kv_bytes, size_t room, int size, float *scores);
     bool (*finite)(const float *x, int n);
-    unsigned char flip;  // packed int8 weights are xor this
+    unsigned char weight_xor;  // packed int8 weights are xor this: 128 where the dot product wants them unsigned
 } Kernels;
 
 typedef struct {
@@ -395,7 +395,8 @@ enum { TRIAL = 4, SHORTEST_PAUSE = 16, LONGEST_PAUSE = 1024 };  // tokens, see n
 
 typedef struct {             // whether all threads or one decode a model's tokens
     bool alone;              // the way that is faster, so far
-    double usual, tried;     // seconds that a token takes this way, and took the other way in a trial
+    double usual_time;       // seconds that a token takes this way,
+    double trial_time;       // and took the other way in a trial
     long tokens, trial;      // decoded so far; when to try the other way
     int pause;               // tokens from one trial to the next
     double hopeless;         // a trial ends when a token but its first takes so many times as long
@@ -430,7 +431,7 @@ static void relax(void) {
 
 // Waits for all threads: a moment busily, as most waits are shorter than a microsecond; then asleep, for where
 // another program has one of the cores, what we wait for may need ours. (sched_yield would give away our turn.)
-static void meet_all(Pool *p) {
+static void barrier_wait(Pool *p) {
     enum { SPINS = 2000 };
     const unsigned phase = atomic_load(&p->phase);
     if (atomic_fetch_add(&p->arrived, 1) == p->size - 1) {
@@ -454,8 +455,8 @@ static void meet_all(Pool *p) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-static void meet(Pool *p) {
-    if (p->n > 1) meet_all(p);
+static void barrier(Pool *p) {
+    if (p->n > 1) barrier_wait(p);
 }
 
 static void *worker(void *argument) {
@@ -464,10 +465,10 @@ static void *worker(void *argument) {
     pthread_mutex_lock(&p->mutex);  // until start_pool knows how many there are
     pthread_mutex_unlock(&p->mutex);
     for (;;) {
-        meet_all(p);
+        barrier_wait(p);
         if (!p->work) return NULL;
         p->work(p->context, self->thread);
-        meet_all(p);
+        barrier_wait(p);
     }
 }
 
@@ -475,9 +476,9 @@ static void *worker(void *argument) {
 static void run_all(Pool *p, void (*work)(void *, int), void *context) {
     p->work = work;
     p->context = context;
-    meet(p);
+    barrier(p);
     work(context, 0);
-    meet(p);
+    barrier(p);
 }
 
 // n threads, or, if fewer will do, as many as can be started.
@@ -501,7 +502,7 @@ static void start_pool(Pool *p, int n, bool fewer_will_do) {
 
 static void stop_pool(Pool *p) {
     p->work = NULL;
-    if (p->size > 1) meet_all(p);
+    if (p->size > 1) barrier_wait(p);
     for (int i = 1; i < p->size; i++) pthread_join(p->workers[i].id, NULL);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->mutex);
@@ -523,27 +524,28 @@ static int choose_threads(const Pace *p, int threads) {
 // Moving average of times, of which the first counts in full
 static void average(double *mean, double x) { *mean += (x - *mean) * (*mean > 0 ? 0.125 : 1); }
 
+// Takes note of what a token took; at the end of a trial takes the faster way, and puts off the next trial.
 static void note_time(Pace *p, double seconds) {
     const long into = p->tokens++ - p->trial;
     if (into < 0) {
-        average(&p->usual, seconds);
+        average(&p->usual_time, seconds);
         return;
     }
-    const bool hopeless = seconds > (into == 0 ? 4 : p->hopeless) * p->usual;
-    if (into > 0) p->tried += seconds / (TRIAL - 1);  // the first token wakes the threads
+    const bool hopeless = seconds > (into == 0 ? 4 : p->hopeless) * p->usual_time;
+    if (into > 0) p->trial_time += seconds / (TRIAL - 1);  // the first token wakes the threads
     if (into + 1 < TRIAL && !hopeless) return;
     p->pause = imin(2 * p->pause, LONGEST_PAUSE);
-    if (p->tried < p->usual && !hopeless) {
+    if (p->trial_time < p->usual_time && !hopeless) {
         p->alone = !p->alone;
-        p->usual = p->tried;
+        p->usual_time = p->trial_time;
         p->pause = SHORTEST_PAUSE;
     }
-    p->tried = 0;
+    p->trial_time = 0;
     p->trial = p->tokens + p->pause;
 }
 
 // Thread `thread` of n gets from..to of count things; blocks of `block` stay together.
-static void share(int count, int block, int thread, int n, int *from, int *to) {
+static void partition(int count, int block, int thread, int n, int *from, int *to) {
     const int64_t blocks = (count + block - 1) / block;
     *from = imin((int)(blocks * thread / n * block), count);
     *to = imin((int)(blocks * (thread + 1) / n * block), count);
@@ -618,7 +620,7 @@ static int physical_cores(void) {
 typedef struct { float v[LANES]; } F_plain;
 typedef struct { int32_t v[LANES]; } I_plain;
 typedef struct { int8_t v[BAND]; } Q_plain;
-#define FLIP_plain 0
+#define WEIGHT_XOR_plain 0
 #define keep_plain(x) ((void)(x))
 #define EACH for (int j = 0; j < LANES; j++)
 INLINE F_plain set1_plain(float x) { F_plain r; EACH r.v[j] = x; return r; }
@@ -655,7 +657,7 @@ INLINE float sum_plain(F_plain a) {
 INLINE void sum4_plain(float out[4], F_plain a, F_plain b, F_plain c, F_plain d) {
     out[0] = sum_plain(a); out[1] = sum_plain(b); out[2] = sum_plain(c); out[3] = sum_plain(d);
 }
-INLINE float top_plain(F_plain a) { EACH if (a.v[j] > a.v[0]) a.v[0] = a.v[j]; return a.v[0]; }
+INLINE float reduce_max_plain(F_plain a) { EACH if (a.v[j] > a.v[0]) a.v[0] = a.v[j]; return a.v[0]; }
 INLINE void store_int8_plain(int8_t *p, F_plain a) { EACH p[j] = (int8_t)(int)a.v[j]; }
 INLINE Q_plain bytes_plain(const void *p) { Q_plain r; memcpy(&r, p, sizeof r); return r; }
 INLINE Q_plain low_plain(Q_plain a) { for (int j = 0; j < BAND; j++) a.v[j] &= 15; return a; }
@@ -680,7 +682,7 @@ INLINE void store_halves_plain(uint16_t *p, F_plain a) { EACH p[j] = f16_of(a.v[
 #define AVX2 INLINE TARGET_avx2
 typedef struct { __m256 a, b; } F_avx2;
 typedef struct { __m256i a, b; } I_avx2, Q_avx2;
-#define FLIP_avx2 0
+#define WEIGHT_XOR_avx2 0
 // Keeps x in registers: compilers would rather load weights again for each product, and keep sums in memory.
 #define keep_avx2(x) __asm__("" : "+x"((x)->a), "+x"((x)->b))
 AVX2 F_avx2 set1_avx2(float x) { return (F_avx2){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -727,7 +729,7 @@ AVX2 void sum4_avx2(float out[4], F_avx2 a, F_avx2 b, F_avx2 c, F_avx2 d) {
     _MM_TRANSPOSE4_PS(p, q, r, s);
     _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(p, r), _mm_add_ps(q, s)));
 }
-AVX2 float top_avx2(F_avx2 x) {
+AVX2 float reduce_max_avx2(F_avx2 x) {
     __m256 half = _mm256_max_ps(x.a, x.b);
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
@@ -785,7 +787,7 @@ AVX2 void store_halves_avx2(uint16_t *p, F_avx2 x) {
 #define AVX512 INLINE TARGET_avx512
 typedef __m512 F_avx512;
 typedef __m512i I_avx512, Q_avx512;
-#define FLIP_avx512 128  // weights plus 128, as the instruction takes unsigned times signed
+#define WEIGHT_XOR_avx512 128  // weights plus 128, as the instruction takes unsigned times signed
 #define keep_avx512(x) ((void)(x))
 AVX512 __m512 set1_avx512(float x) { return _mm512_set1_ps(x); }
 AVX512 __m512 load_avx512(const float *p) { return _mm512_loadu_ps(p); }
@@ -823,7 +825,7 @@ AVX512 void sum4_avx512(float out[4], __m512 a, __m512 b, __m512 c, __m512 d) {
     __m512i every4 = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
     _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(every4, all)));
 }
-AVX512 float top_avx512(__m512 a) { return _mm512_reduce_max_ps(a); }
+AVX512 float reduce_max_avx512(__m512 a) { return _mm512_reduce_max_ps(a); }
 AVX512 void store_int8_avx512(int8_t *p, __m512 a) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
 }
@@ -853,7 +855,7 @@ AVX512 void store_halves_avx512(uint16_t *p, __m512 x) {
 typedef struct { float32x4_t v[4]; } F_neon;
 typedef struct { int32x4_t v[4]; } I_neon;
 typedef struct { int8x16_t v[4]; } Q_neon;
-#define FLIP_neon 0
+#define WEIGHT_XOR_neon 0
 #define keep_neon(x) ((void)(x))
 #define FOUR UNROLL for (int j = 0; j < 4; j++)
 #define NEON INLINE F_neon
@@ -897,7 +899,7 @@ INLINE float sum_neon(F_neon a) {
 INLINE void sum4_neon(float out[4], F_neon a, F_neon b, F_neon c, F_neon d) {
     out[0] = sum_neon(a); out[1] = sum_neon(b); out[2] = sum_neon(c); out[3] = sum_neon(d);
 }
-INLINE float top_neon(F_neon a) {
+INLINE float reduce_max_neon(F_neon a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
 }
 INLINE void store_int8_neon(int8_t *p, F_neon a) {
@@ -947,9 +949,9 @@ INLINE void store_halves_neon(uint16_t *p, F_neon x) {
 // The kernels of all instruction sets
 
 #define ISA plain
-#define TILE 1       // rows of x that a band is multiplied with at once (of fp32 up to six, see six_rows);
-#define TILE_TWO 1   // that two bands are;
-#define TILE_F32 1   // that four rows are
+#define TILE 1       // rows of x that a band is multiplied with at once (of fp32 up to six, see six_rows)
+#define TILE_TWO 1   // rows of x that two bands are multiplied with at once
+#define TILE_F32 1   // rows of x that four rows of fp32 weights are multiplied with at once
 #include "run.c"
 #if defined(__x86_64__)
     #define ISA avx2
@@ -1034,7 +1036,7 @@ typedef struct {
     size_t at;  // bytes walked over; goes on past a truncated file's end, to know the size it should have
 } Walk;
 
-// The next n bytes, or NULL when the file ends before them.
+// The next a * b elements, or NULL when the file ends before them.
 static const unsigned char *take(Walk *w, size_t a, size_t b, size_t element) {
     size_t start = w->at, count, bytes;
     if (mul_overflows(a, b, &count) || mul_overflows(count, element, &bytes) || bytes > SIZE_MAX - start) {
@@ -1306,7 +1308,8 @@ static void load_model(Model *m, const char *path, const Kernels *kernels) {
 #endif
 
 // Copies a row (groups of `group` values, cols in all for fp32) and its scales (groups,) into its band.
-static void pack_row(Tensor *t, int row, const unsigned char *in, const unsigned char *scale, unsigned char flip) {
+static void pack_row(Tensor *t, int row, const unsigned char *in, const unsigned char *scale,
+                     unsigned char weight_xor) {
     const bool fp32 = t->bits == 32;
     const size_t group_bytes = fp32 ? (size_t)t->cols * sizeof(float) : (size_t)t->group;
     const size_t at = (size_t)row / LANES * t->groups, lane = (size_t)row % LANES;
@@ -1320,13 +1323,13 @@ static void pack_row(Tensor *t, int row, const unsigned char *in, const unsigned
         uint32_t four;
         for (size_t u = 0; u < group_bytes / 4; u++, out += BAND) {
             memcpy(&four, in + u * 4, 4);
-            four ^= flip * 0x01010101u;
+            four ^= weight_xor * 0x01010101u;
             memcpy(out, &four, 4);
         }
         if (group_bytes % 4) {
             four = 0;
             memcpy(&four, in + group_bytes / 4 * 4, group_bytes % 4);
-            four ^= flip * 0x01010101u;
+            four ^= weight_xor * 0x01010101u;
             memcpy(out, &four, 4);
             out += BAND;
         }
@@ -1373,10 +1376,10 @@ static void pack_share(void *context, int thread) {
         const unsigned char *source = fp32 ? (const unsigned char *)t->f : t->q;
         const size_t row_bytes = (size_t)t->cols * (fp32 ? sizeof(float) : 1), scale_bytes = fp32 ? 0 : t->groups * 4;
         int from, to;
-        share(t->rows, LANES, thread, m->pool->n, &from, &to);
+        partition(t->rows, LANES, thread, m->pool->n, &from, &to);
         for (int r = from; r < to; r++) {
             pack_row(t, r, source + (size_t)r * row_bytes, fp32 ? NULL : t->scale + (size_t)r * scale_bytes,
-                     fp32 ? 0 : m->kernels->flip);
+                     fp32 ? 0 : m->kernels->weight_xor);
         }
 #ifndef _WIN32  // gives back the memory of this part of the file; it is still there to be read again
         if (m->file.mapped) advise(source + (size_t)from * row_bytes, source + (size_t)to * row_bytes, MADV_DONTNEED);
@@ -1434,7 +1437,7 @@ static const Activation *prepare(Model *m, int thread, Activation *shared, int n
     Activation *to = n == 1 ? &m->state.own[thread] : shared;
     int from = 0, end = n;
     if (!norm && !c->group_size) return shared;
-    if (n > 1) share(n, 1, thread, m->pool->n, &from, &end);
+    if (n > 1) partition(n, 1, thread, m->pool->n, &from, &end);
     for (int b = from; b < end; b++) {
         float *out = to->f + (size_t)b * to->width;
         if (norm) m->kernels->rmsnorm(out, x + (size_t)b * c->dim, norm, cols, c->norm_eps);
@@ -1443,7 +1446,7 @@ static const Activation *prepare(Model *m, int thread, Activation *shared, int n
         for (int i = cols; n == 1 && i % LANES; i++) out[i] = 0.0f;
         if (c->group_size) m->kernels->quantize(to, b, cols, c->group_size, c->bits);
     }
-    if (n > 1) meet(m->pool);
+    if (n > 1) barrier(m->pool);
     return to;
 }
 
@@ -1454,7 +1457,7 @@ static void attention(Model *m, int thread, int layer) {
     const int size = c->head_size, queries_per_kv = c->n_heads / c->n_kv_heads;
     const float scale = 1.0f / sqrtf((float)size);
     int from, to;
-    share(c->n_kv_heads, 1, thread, m->pool->n, &from, &to);
+    partition(c->n_kv_heads, 1, thread, m->pool->n, &from, &to);
     for (int h = from; h < to; h++) {
         const size_t head = ((size_t)layer * c->n_kv_heads + h) * size;  // this many numbers of each position before
         for (int b = 0; b < m->n_rows; b++) {
@@ -1489,7 +1492,7 @@ static void attention(Model *m, int thread, int layer) {
 // This thread's rows of out (n, ldo) = w @ x
 static void multiply(Model *m, int thread, const Tensor *w, const Activation *x, int n, float *out, size_t ldo) {
     int from, to;
-    share(w->rows, LANES, thread, m->pool->n, &from, &to);
+    partition(w->rows, LANES, thread, m->pool->n, &from, &to);
     float *scratch = m->state.scratch ? m->state.scratch + (size_t)thread * m->state.scratch_size : NULL;
     m->kernels->matmul(w, x, n, out, ldo, from, to, scratch);
 }
@@ -1500,7 +1503,7 @@ static void add_matmul(Model *m, int thread, const Tensor *w, const Activation *
     const int dim = m->config.dim;
     int from, to;
     multiply(m, thread, w, input, m->n_rows, s->add, dim);
-    share(dim, LANES, thread, m->pool->n, &from, &to);
+    partition(dim, LANES, thread, m->pool->n, &from, &to);
     for (int b = 0; b < m->n_rows; b++) {
         float *x = s->x + (size_t)b * dim;
         const float *add = s->add + (size_t)b * dim;
@@ -1520,24 +1523,24 @@ static void run_layer(Model *m, int thread, int layer) {
     multiply(m, thread, &w->wq, input, n, s->q, c->dim);
     multiply(m, thread, &w->wk, input, n, s->k, c->kv_dim);
     multiply(m, thread, &w->wv, input, n, s->v, c->kv_dim);
-    meet(pool);
+    barrier(pool);
     attention(m, thread, layer);
-    meet(pool);
+    barrier(pool);
     input = prepare(m, thread, &s->xb, n, c->dim, s->x, NULL);
     add_matmul(m, thread, &w->wo, input);
-    meet(pool);
+    barrier(pool);
     input = prepare(m, thread, &s->xb, n, c->dim, s->x, w->rms_ffn);
     multiply(m, thread, &w->w1, input, n, s->hb.f, s->hb.width);
     multiply(m, thread, &w->w3, input, n, s->hb2, c->hidden_dim);
-    share(c->hidden_dim, LANES, thread, pool->n, &from, &to);  // as multiply does
+    partition(c->hidden_dim, LANES, thread, pool->n, &from, &to);  // as multiply does
     for (int b = 0; b < n; b++) {
         m->kernels->swiglu(s->hb.f + (size_t)b * s->hb.width + from, s->hb2 + (size_t)b * c->hidden_dim + from,
                         to - from);
     }
-    meet(pool);
+    barrier(pool);
     input = prepare(m, thread, &s->hb, n, c->hidden_dim, s->x, NULL);
     add_matmul(m, thread, &w->w2, input);
-    meet(pool);
+    barrier(pool);
 }
 
 // One thread's share of a forward pass
@@ -1546,7 +1549,7 @@ static void forward_share(void *context, int thread) {
     const Config *c = &m->config;
     RunState *s = &m->state;
     int from, to;
-    share(m->n_rows, 1, thread, m->pool->n, &from, &to);
+    partition(m->n_rows, 1, thread, m->pool->n, &from, &to);
     for (int b = from; b < to; b++) {
         copy_row(s->x + (size_t)b * c->dim, &m->weights.tok_embeddings, m->rows[b].token);
         float *rope = s->rope + (size_t)b * c->head_size;
@@ -1556,7 +1559,7 @@ static void forward_share(void *context, int thread) {
             rope[i + 1] = sinf((float)m->rows[b].pos * frequency);
         }
     }
-    meet(m->pool);
+    barrier(m->pool);
     for (int l = 0; l < c->n_layers; l++) run_layer(m, thread, l);
     const int n = m->n_rows - m->first_logits;
     if (n == 0) return;
@@ -1589,7 +1592,7 @@ static void check_logits(const Model *m, const float *logits, int pos) {
         (double)logits[i], i, pos);
 }
 
-// The same; returns the first one's logits, all checked, and NULL when first_logits is n.
+// feed(), and checks all logits; returns the first one's, or NULL when first_logits is n.
 static float *forward(Model *m, const Row *rows, int n, int first_logits) {
     const RunState *s = &m->state;
     feed(m, rows, n, first_logits);
@@ -1607,7 +1610,7 @@ static float *forward_text(Model *m, KVCache *cache, const int *ids, int n, int 
     return forward(m, rows, n, n - wanted);
 }
 
-// The same of any number; returns the last one's logits.
+// Feeds n tokens of one text, any number, from position pos on; returns the last one's logits.
 static float *prefill(Model *m, KVCache *cache, const int *ids, int n, int pos) {
     for (; n > MAX_ROWS; n -= MAX_ROWS, ids += MAX_ROWS, pos += MAX_ROWS) {
         forward_text(m, cache, ids, MAX_ROWS, pos, 0);
@@ -1625,7 +1628,7 @@ enum { DRAFT_GROUP = 32 };           // values that share a scale
 enum { SHORT_STORY = 32 };           // tokens to come for which the copy is not worth its making
 
 typedef struct {
-    int most;                        // tokens ahead, at most; 0: off, -1: as many as pay
+    int max_tokens;                   // tokens ahead, at most; 0: off, -1: as many as pay
     Model model;                     // the same with coarser matrices, once it is made
     double acceptance_rate;          // share of the guesses that were right, lately; of so many seen,
     long seen;                       // the first of which count for more
@@ -1641,12 +1644,12 @@ static void draft_share(void *context, int thread) {
     for (int i = 0; i < matrices(c); i++) {
         Tensor *t = matrix(&m->weights, c, i);
         int from, to;
-        share(t->rows, LANES, thread, m->pool->n, &from, &to);
+        partition(t->rows, LANES, thread, m->pool->n, &from, &to);
         for (int r = from; r < to; r++) {
             Activation row = rounded;
             row.f = (float *)(uintptr_t)(t->f + (size_t)r * (size_t)t->cols);
             m->kernels->quantize(&row, 0, t->cols, t->group, 8);
-            pack_row(t, r, (unsigned char *)row.q, (unsigned char *)row.scale, m->kernels->flip);
+            pack_row(t, r, (unsigned char *)row.q, (unsigned char *)row.scale, m->kernels->weight_xor);
         }
     }
     free_activation(&rounded);
@@ -1675,7 +1678,7 @@ static bool drafts_pay(const Model *m) {
 }
 
 static void make_draft(Draft *d, const Model *m) {
-    *d = (Draft){.most = d->most, .model = *m, .acceptance_rate = 0.8};
+    *d = (Draft){.max_tokens = d->max_tokens, .model = *m, .acceptance_rate = 0.8};
     Model *copy = &d->model;
     Config *c = &copy->config;
     copy->state = (RunState){0};
@@ -2148,7 +2151,7 @@ static int sample(const Sampler *s, float *logits, uint64_t *rng, Candidate *can
 // ---------------------------------------------------------------------------------------------------------
 // Generate and chat
 
-enum { AT_ONCE = 32 };      // stories: more gain nothing
+enum { MAX_STORIES = 32 };      // stories: more gain nothing
 
 typedef struct {            // a text in the making
     KVCache cache;
@@ -2166,7 +2169,7 @@ typedef struct {
     Candidate *candidates;  // (threads, 2, vocab_size)
     Draft draft;
     int limit;              // positions that may be used
-    Story *active[AT_ONCE]; // the stories that are being told at once
+    Story *active[MAX_STORIES]; // the stories that are being told at once
     bool flush_each;        // stdout is a terminal: show each token at once,
     double flushed;         // or else what came since then, a few times a second
     bool plain;             // chat without a template
@@ -2250,7 +2253,7 @@ static void sample_share(void *context, int thread) {
     const Session *s = context;
     const RunState *state = &s->model.state;
     int from, to;
-    share(s->model.n_rows, 1, thread, s->model.pool->n, &from, &to);
+    partition(s->model.n_rows, 1, thread, s->model.pool->n, &from, &to);
     for (int i = from; i < to; i++) {
         Story *story = s->active[i];
         story->next = sample(&s->sampler, state->logits + (size_t)i * state->vocab_width, &story->rng,
@@ -2259,7 +2262,7 @@ static void sample_share(void *context, int thread) {
 }
 
 // Adds the token that was chosen to a story's text; true when another one can follow it.
-static bool take_token(Session *s, Story *story) {
+static bool accept_token(Session *s, Story *story) {
     if (ends(story->next)) return false;
     append_token(&story->text, &s->tokenizer, story->prev, story->next);
     story->prev = story->next;
@@ -2297,69 +2300,69 @@ static void begin_story(Session *s, Story *story, const Prompt *prompt, bool las
     if (story->done) return;
     memcpy(s->model.state.logits, prompt->logits, (size_t)s->sampler.n * sizeof(float));
     story->next = sample(&s->sampler, s->model.state.logits, &story->rng, s->candidates);
-    story->done = !take_token(s, story);
+    story->done = !accept_token(s, story);
 }
 
 // Makes the draft of a story that goes on from position pos, if one is wanted.
 static void prepare_draft(Session *s, int pos) {
     Draft *d = &s->draft;
-    if (d->most < 0) d->most = s->limit - pos > SHORT_STORY && drafts_pay(&s->model) ? MAX_DRAFT : 0;
-    if (s->model.config.bits != 32) d->most = 0;
-    if (d->most > 0 && !d->model.packed) make_draft(d, &s->model);
+    if (d->max_tokens < 0) d->max_tokens = s->limit - pos > SHORT_STORY && drafts_pay(&s->model) ? MAX_DRAFT : 0;
+    if (s->model.config.bits != 32) d->max_tokens = 0;
+    if (d->max_tokens > 0 && !d->model.packed) make_draft(d, &s->model);
 }
 
 // Chooses one or more tokens of a story, the last of which is story->next: as many as the draft guessed, and one.
-static void tell_on(Session *s, Story *story) {
+static void decode_step(Session *s, Story *story) {
     Model *m = &s->model;
     Draft *d = &s->draft;
     Row rows[MAX_DRAFT + 1];
-    const int most = imin(d->most, s->limit - 1 - story->pos);
+    const int most = imin(d->max_tokens, s->limit - 1 - story->pos);
     const int wanted = most > 0 && d->token > 0 ? choose_draft(d, most) : 0;
     uint64_t rng = story->rng;  // the guesses see the same random numbers, which makes them agree more often
-    int guesses = 0, right = 0;
+    int drafted = 0, accepted = 0;
     double start = now();
     rows[0] = (Row){story->prev, story->pos, &story->cache};
-    while (guesses < wanted) {
-        feed(&d->model, &rows[guesses], 1, 0);
+    while (drafted < wanted) {
+        feed(&d->model, &rows[drafted], 1, 0);
         if (!m->kernels->finite(d->model.state.logits, s->sampler.n)) break;
         const int id = sample(&s->sampler, d->model.state.logits, &rng, s->candidates);
         if (ends(id)) break;
-        guesses++;
-        rows[guesses] = (Row){id, story->pos + guesses, &story->cache};
+        drafted++;
+        rows[drafted] = (Row){id, story->pos + drafted, &story->cache};
     }
     double guessed = now();
-    feed(m, rows, guesses + 1, 0);
-    double judged = now() - guessed;
-    for (;; right++) {
-        float *logits = m->state.logits + (size_t)right * m->state.vocab_width;
-        check_logits(m, logits, story->pos++);
+    feed(m, rows, drafted + 1, 0);
+    double verify_time = now() - guessed;
+    for (;; accepted++) {
+        float *logits = m->state.logits + (size_t)accepted * m->state.vocab_width;
+        check_logits(m, logits, story->pos++);  // not those after a wrong guess: they are of a text nobody tells
         story->next = sample(&s->sampler, logits, &story->rng, s->candidates);
-        if (right == guesses || story->next != rows[right + 1].token) break;
-        take_token(s, story);
+        if (accepted == drafted || story->next != rows[accepted + 1].token) break;
+        accept_token(s, story);
     }
-    if (guesses == 0) average(&d->token, judged);
+    if (drafted == 0) average(&d->token, verify_time);
     else {
-        average(&d->guess, (guessed - start) / guesses);
-        average(&d->extra, fmax(judged - d->token, 0) / guesses);
-        for (int i = 0; i <= right && i < guesses; i++) {
+        average(&d->guess, (guessed - start) / drafted);
+        average(&d->extra, fmax(verify_time - d->token, 0) / drafted);
+        for (int i = 0; i <= accepted && i < drafted; i++) {
             d->seen++;
             // what it began with counts as four guesses
-            d->acceptance_rate += ((i < right) - d->acceptance_rate) / (double)(d->seen < 28 ? d->seen + 4 : 32);
+            d->acceptance_rate += ((i < accepted) - d->acceptance_rate) / (double)(d->seen < 28 ? d->seen + 4 : 32);
         }
     }
-    d->drafted += guesses;
-    d->accepted += right;
+    d->drafted += drafted;
+    d->accepted += accepted;
 }
 
 // Tells `count` stories, of which the first has begun, as many at once as there is room for. Each is the story it
 // would be alone, and they are printed in order. Returns how many tokens they took.
-static long tell_stories(Session *s, Story *stories, int count, const Prompt *prompt, uint64_t seed) {
+static long decode_stories(Session *s, Story *stories, int count, const Prompt *prompt, uint64_t seed) {
     Model *m = &s->model;
     const double each = 2.0 * m->config.n_layers * m->config.kv_dim * (double)m->config.kv_bytes * s->limit;
     const double room = (memory_limit() / 2 - (double)m->file.size) / 2 / each;
-    const int most = room < 1 ? 1 : room < AT_ONCE ? (int)room : AT_ONCE;
+    const int most = room < 1 ? 1 : room < MAX_STORIES ? (int)room : MAX_STORIES;
     Story **active = s->active;
-    Row rows[AT_ONCE];
+    Row rows[MAX_STORIES];
     long tokens = 0;
     int n = 0, begun = 0;
     for (int shown = 0; shown < count;) {
@@ -2382,7 +2385,7 @@ static long tell_stories(Session *s, Story *stories, int count, const Prompt *pr
         if (n == 1 && begun == count) {  // the last one, or the only
             const int pos = active[0]->pos;
             prepare_draft(s, pos);  // with the first token on show already
-            tell_on(s, active[0]);
+            decode_step(s, active[0]);
             tokens += active[0]->pos - pos;
         } else if (n > 0) {
             for (int i = 0; i < n; i++) rows[i] = (Row){active[i]->prev, active[i]->pos++, &active[i]->cache};
@@ -2390,7 +2393,7 @@ static long tell_stories(Session *s, Story *stories, int count, const Prompt *pr
             run_all(m->pool, sample_share, s);
             tokens += n;
         }
-        for (int i = 0; i < n; i++) active[i]->done = !take_token(s, active[i]);
+        for (int i = 0; i < n; i++) active[i]->done = !accept_token(s, active[i]);
     }
     return tokens;
 }
@@ -2411,7 +2414,7 @@ static void generate(Session *s, const Text *text, int count, uint64_t seed, Sta
     memcpy(prompt.logits, logits, (size_t)s->sampler.n * sizeof(float));
     begin_story(s, &stories[0], &prompt, count == 1, seed);
     stats->first = now() - start;
-    stats->decoded = tell_stories(s, stories, count, &prompt, seed);
+    stats->decoded = decode_stories(s, stories, count, &prompt, seed);
     flush_stdout();
     double end = now();
     stats->prompt = prompted - start;
@@ -2472,9 +2475,9 @@ static void answer(Session *s, Story *chat, const Tokens *t, Stats *stats) {
     chat->pos += t->n;
     const int asked = chat->pos;
     if (chat->pos < s->limit) prepare_draft(s, chat->pos);
-    while (take_token(s, chat)) {
+    while (accept_token(s, chat)) {
         print_text(s, &chat->text);
-        tell_on(s, chat);
+        decode_step(s, chat);
     }
     if (chat->pos < s->limit && !s->plain) {  // the template closes every answer
         Row row = {EOS, chat->pos++, &chat->cache};
@@ -2743,7 +2746,8 @@ static Options parse_options(int argc, char **argv) {
             char likely[256] = "";  // options that begin so
             for (size_t i = 0, n = 0; long_name && length > 3 && i < n_known; i++) {
                 if (strncmp(arg, known[i].name, length)) continue;
-                n += (size_t)snprintf(likely + n, sizeof likely - n, "%s%s", n ? " or " : "; did you mean ", known[i].name);
+                n += (size_t)snprintf(likely + n, sizeof likely - n, "%s%s", n ? " or " : "; did you mean ",
+                                      known[i].name);
             }
             die(arg, "unknown option%s%s" SEE_HELP, likely, *likely ? "?" : "");
         }
@@ -2829,7 +2833,7 @@ int main(int argc, char **argv) {
 #endif
     const double start = now();
     Options o = parse_options(argc, argv);
-    Session s = {.flush_each = isatty(fileno(stdout)), .plain = o.plain, .draft.most = o.draft};
+    Session s = {.flush_each = isatty(fileno(stdout)), .plain = o.plain, .draft.max_tokens = o.draft};
     Pool pool;
     load_model(&s.model, o.model, o.kernels ? o.kernels : best_kernels());
     start_pool(&pool, o.threads ? o.threads : physical_cores(), o.threads == 0);
@@ -2901,7 +2905,7 @@ HELPER float V(exp_and_sum)(float *x, int n) {
     for (int i = n; i % LANES; i++) x[i] = -INFINITY;
     F top = V(load)(x);
     for (int i = LANES; i < n; i += LANES) top = V(max)(top, V(load)(x + i));
-    F max = V(set1)(V(top)(top)), sum = V(set1)(0.0f);  // keeps the powers in range
+    F max = V(set1)(V(reduce_max)(top)), sum = V(set1)(0.0f);  // keeps the powers in range
     for (int i = 0; i < n; i += LANES) {
         F e = V(exponential)(V(sub)(V(load)(x + i), max));
         V(store)(x + i, e);
@@ -2933,7 +2937,7 @@ KERNEL void V(rmsnorm)(float *out, const float *x, const float *weight, int n, f
 // Rounds each group of a row's floats to int8, symmetric, half away from zero.
 KERNEL void V(quantize)(Activation *x, int row, int cols, int group, int bits) {
     const F zero = V(set1)(0.0f);
-    const int offset = bits == 4 ? 8 : V(FLIP);
+    const int offset = bits == 4 ? 8 : V(WEIGHT_XOR);
     for (int g = 0; g * group < cols; g++) {
         const float *v = x->f + (size_t)row * x->width + (size_t)g * (size_t)group;
         const size_t at = (size_t)row * x->groups + (size_t)g;
@@ -2947,7 +2951,7 @@ KERNEL void V(quantize)(Activation *x, int row, int cols, int group, int bits) {
             check = V(fma)(a, zero, check);  // 0 * infinity is not a number
         }
         const bool finite = V(sum)(check) == 0.0f;
-        const float scale = V(top)(top) / 127.0f;
+        const float scale = V(reduce_max)(top) / 127.0f;
         // all zero, or so small that the scale itself is badly rounded
         const bool tiny = !finite || scale < FLT_MIN;
         const F divisor = V(set1)(tiny ? INFINITY : scale), half = V(set1)(LOWER_HALF);
@@ -3157,7 +3161,7 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
                       float *scratch) {
     const size_t first = (size_t)from / LANES, bands = round_up((size_t)to, LANES) / LANES - first;
     int b = 0;
-    if (!w->values && n >= MANY) {
+    if (!w->values && n >= PACK_ROWS) {
         V(matmul_many)(w, x, n, out, ldo, first, bands, scratch);
         return;
     }
@@ -3243,7 +3247,7 @@ HELPER void V(score)(const int N, const int D, const size_t B, const Query *quer
 }
 
 // Dimensions i to i + E (1, 2, or a multiple of 4) of the values, mixed by the scores
-HELPER void V(mix)(const int N, const int E, const size_t B, const Query *queries, const float *share,
+HELPER void V(mix)(const int N, const int E, const size_t B, const Query *queries, const float *inv_sum,
                    const unsigned char *values, size_t room, int size, int blocks, int i, const float *scores) {
     F sum[16][MAX_QUERIES];
     UNROLL for (int e = 0; e < E; e++) UNROLL for (int j = 0; j < N; j++) sum[e][j] = V(set1)(0.0f);
@@ -3261,7 +3265,7 @@ HELPER void V(mix)(const int N, const int E, const size_t B, const Query *querie
         else UNROLL for (int e = 0; e < E; e += 4) {
             V(sum4)(out + e, sum[e][j], sum[e + 1][j], sum[e + 2][j], sum[e + 3][j]);
         }
-        for (int e = 0; e < E; e++) out[e] *= share[j];
+        for (int e = 0; e < E; e++) out[e] *= inv_sum[j];
     }
 }
 
@@ -3275,16 +3279,16 @@ HELPER void V(attend_n)(const int N, const int D, const int E, const size_t B, c
     int t = 0;
     for (; t + D * LANES <= blocks; t += D * LANES) V(score)(N, D, B, queries, keys, values, room, size, t, scores);
     for (; t < blocks; t += LANES) V(score)(N, 1, B, queries, keys, values, room, size, t, scores);
-    float share[MAX_QUERIES];
+    float inv_sum[MAX_QUERIES];
     for (int j = 0; j < N; j++) {
         float *row = scores + (size_t)j * room;
-        share[j] = 1.0f / V(exp_and_sum)(row, queries[j].pos + 1);
+        inv_sum[j] = 1.0f / V(exp_and_sum)(row, queries[j].pos + 1);
         for (t = (int)round_up((size_t)queries[j].pos + 1, LANES); t < blocks; t++) row[t] = 0.0f;
     }
     int i = 0;
-    for (; i + E <= size; i += E) V(mix)(N, E, B, queries, share, values, room, size, blocks, i, scores);
-    for (; E > 4 && i + 4 <= size; i += 4) V(mix)(N, 4, B, queries, share, values, room, size, blocks, i, scores);
-    for (; i < size; i++) V(mix)(N, 1, B, queries, share, values, room, size, blocks, i, scores);
+    for (; i + E <= size; i += E) V(mix)(N, E, B, queries, inv_sum, values, room, size, blocks, i, scores);
+    for (; E > 4 && i + 4 <= size; i += 4) V(mix)(N, 4, B, queries, inv_sum, values, room, size, blocks, i, scores);
+    for (; i < size; i++) V(mix)(N, 1, B, queries, inv_sum, values, room, size, blocks, i, scores);
 }
 
 #define ATTEND_OF(n, d, e, b) V(attend_n)(n, d, e, b, queries, keys, values, room, size, scores)
@@ -3317,7 +3321,7 @@ KERNEL bool V(finite)(const float *x, int n) {
 #define NAME_(isa) #isa
 #define NAME(isa) NAME_(isa)
 static const Kernels V(kernels) = {
-    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(store_kv), V(attend), V(finite), V(FLIP),
+    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(store_kv), V(attend), V(finite), V(WEIGHT_XOR),
 };
 
 #undef NAME
