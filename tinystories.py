@@ -560,8 +560,7 @@ def free_stories_dir(data_dir: str, force: bool) -> str:
 def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: int, force: bool) -> None:
     """Deal stories out to shards, without the empty ones; the folder appears when all are written.
 
-    Of each `num_shards` stories in a row every shard gets one, by a seeded shuffle: shard 00 is a fair sample
-    of the whole, and memory does not grow. With fewer stories than that there is a shard for each.
+    With fewer stories than `num_shards` there is a shard for each.
     """
     folder = free_stories_dir(data_dir, force)
     empty = 0
@@ -575,25 +574,37 @@ def write_shards(stories: Iterable[str], data_dir: str, num_shards: int, seed: i
                 empty += 1
 
     kept = not_empty()
-    block = list(itertools.islice(kept, num_shards))
-    if len(block) < 2:
-        raise SystemExit(f"found {len(block)} of the 2 stories it takes, one for validation; add more "
+    first = list(itertools.islice(kept, num_shards))
+    if len(first) < 2:
+        raise SystemExit(f"found {len(first)} of the 2 stories it takes, one for validation; add more "
                          "(of a text file: is --separator right? --separator=blank splits at blank lines)")
-    open_many_files()
-    rng = random.Random(seed)
-    counts = [0] * len(block)
-    with new_folder(folder) as scratch, ExitStack() as stack:
-        files = [stack.enter_context(atomic_write(shard_path(scratch, i), "w")) for i in range(len(block))]
-        while block:
-            for i, text in zip(rng.sample(range(len(files)), len(block)), block, strict=False):
-                write_story(files[i], text, first=not counts[i])
-                counts[i] += 1
-            block = list(itertools.islice(kept, num_shards))
-        for f in files:
-            f.write("\n]\n")
+    with new_folder(folder) as scratch:
+        counts = deal(itertools.chain(first, kept), str, scratch, len(first), seed, range(len(first)))
     print(f"{folder}: {sum(counts):,} stories in {len(counts)} shards, {counts[0]:,} of them for validation"
           + f"; {empty:,} empty ones left out" * (empty > 0))
     print(f"next: {command('train_vocab', data_dir, 4096)}")
+
+
+def deal(items: Iterable, story: Callable[..., str], folder: str, num_shards: int, seed: int,
+         mine: Iterable[int]) -> list[int]:
+    """Write story(item) of each item that falls to one of the shards `mine`; returns how many each got.
+
+    Of each `num_shards` items in a row every shard gets one, by a seeded shuffle: shard 00 is a fair sample
+    of the whole, and memory does not grow.
+    """
+    open_many_files()
+    rng, items, counts = random.Random(seed), iter(items), dict.fromkeys(mine, 0)
+    with ExitStack() as stack:
+        files = {i: stack.enter_context(atomic_write(shard_path(folder, i), "w")) for i in mine}
+        while block := list(itertools.islice(items, num_shards)):
+            for i, item in zip(rng.sample(range(num_shards), len(block)), block, strict=True):
+                if i in files:
+                    files[i].write(",\n" if counts[i] else "[\n")
+                    json.dump({"story": story(item)}, files[i])
+                    counts[i] += 1
+        for f in files.values():
+            f.write("\n]\n")
+    return list(counts.values())
 
 
 def open_many_files() -> None:
@@ -608,12 +619,6 @@ def open_many_files() -> None:
 
 def shard_path(folder: str, i: int) -> str:
     return os.path.join(folder, f"data{i:02d}.json")
-
-
-def write_story(f: IO[str], text: str, first: bool) -> None:
-    """The next item of a shard's list, which its writer ends with "\\n]\\n"."""
-    f.write("[\n" if first else ",\n")
-    json.dump({"story": text}, f)
 
 
 def import_files(paths: list[str], data_dir: str, separator: str = "endoftext", field: str | None = None,
@@ -666,20 +671,9 @@ def synth_part(data_dir: str, num_stories: int, num_shards: int, seed: int, forc
                          f"--num_shards={shards} --seed={chance}, or delete that folder")
     os.makedirs(begun, exist_ok=True)
     todo = [i for i in range(part - 1, count, parts) if not os.path.exists(shard_path(begun, i))]
-    open_many_files()
-    rng, written = random.Random(seed), dict.fromkeys(todo, 0)
-    with ExitStack() as stack:
-        files = {i: stack.enter_context(atomic_write(shard_path(begun, i), "w")) for i in todo}
-        starts = range(0, num_stories if todo else 0, num_shards)
-        for start in tqdm(starts, "writing", disable=None, leave=False):
-            order = rng.sample(range(count), min(num_shards, num_stories - start))  # as write_shards deals
-            for story, i in enumerate(order, start):
-                if i in files:
-                    text = synth_story(random.Random(f"{seed}:{story}"))
-                    write_story(files[i], text.strip(), first=not written[i])
-                    written[i] += 1
-        for f in files.values():
-            f.write("\n]\n")
+    if todo:
+        numbers = tqdm(range(num_stories), "writing", disable=None, leave=False)
+        deal(numbers, lambda i: synth_story(random.Random(f"{seed}:{i}")), begun, count, seed, todo)
     missing = [i for i in range(count) if os.path.isdir(begun) and not os.path.exists(shard_path(begun, i))]
     if missing:
         print(f"part {part} of {parts} is done; {len(missing)} of {count} shards are still to come "
