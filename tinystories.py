@@ -1170,14 +1170,14 @@ def source_state(source: str) -> dict:
 
 def is_whole(folder: str, entry: dict) -> bool:
     """Does the shard's file hold what was written? Reads it, at 1 to 3 GB/s."""
-    path = os.path.join(folder, entry["name"])
-    if file_size(path) != 2 * entry["tokens"]:
-        return False
-    sums = BlockSums()
-    with open(path, "rb") as f:
-        while data := f.read(BLOCK):
-            sums.update(data)
-    return sums.hex() == entry["crc32"]
+    with open(os.path.join(folder, entry["name"]), "rb") as f:
+        return block_sums(f) == entry["crc32"]
+
+
+def block_sums(f: IO[bytes]) -> str:
+    """CRC-32 of every BLOCK bytes of a file, the last block being what is left; 8 hex digits each."""
+    f.seek(0)
+    return "".join(f"{zlib.crc32(block):08x}" for block in iter(lambda: f.read(BLOCK), b""))
 
 
 def tokenize_shards(sources: list[str], folder: str, model: str,
@@ -1217,19 +1217,17 @@ def tokenize_shard(source: str, folder: str, model: str) -> dict:
     tokenizer = Tokenizer(model)
     name = os.path.splitext(os.path.basename(source))[0] + ".bin"
     state = source_state(source)
-    stories = tokens = size = 0
-    digest, sums = hashlib.sha256(), BlockSums()
-    with atomic_write(os.path.join(folder, name)) as f:
+    stories = size = 0
+    with atomic_write(os.path.join(folder, name), "w+b") as f:
         for batch in batches_of_stories(source):
-            packed = encode_stories(tokenizer, batch, source).tobytes()
-            f.write(packed)
-            digest.update(packed)
-            sums.update(packed)
+            f.write(encode_stories(tokenizer, batch, source).tobytes())
             stories += len(batch)
-            tokens += len(packed) // 2
             size += sum(len(text.encode("utf-8", "replace")) for _, text in batch)
-    return {"name": name, "tokens": tokens, "stories": stories, "bytes": size,
-            "sha256": digest.hexdigest(), "crc32": sums.hex(), **state}
+        tokens, crc32 = f.tell() // 2, block_sums(f)
+        f.seek(0)
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    return {"name": name, "tokens": tokens, "stories": stories, "bytes": size, "sha256": sha256,
+            "crc32": crc32, **state}
 
 
 def batches_of_stories(source: str) -> Iterator[list[tuple[int, str]]]:
@@ -1260,26 +1258,6 @@ def encode_stories(tokenizer: Tokenizer, stories: list[tuple[int, str]], source:
 
 
 # ---- TokenBatches ------------------------------------------------------------------------------------
-
-class BlockSums:
-    """CRC-32 of every BLOCK bytes of what is passed in, the last block being what is left."""
-
-    def __init__(self):
-        self._sums, self._crc, self._size = [], 0, 0
-
-    def update(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            part, rest = rest[:BLOCK - self._size], rest[BLOCK - self._size:]
-            self._crc, self._size = zlib.crc32(part, self._crc), self._size + len(part)
-            if self._size == BLOCK:
-                self._sums.append(self._crc)
-                self._crc = self._size = 0
-
-    def hex(self) -> str:
-        """8 digits for each block."""
-        return "".join(f"{crc:08x}" for crc in self._sums + [self._crc] * (self._size > 0))
-
 
 class TokenShard:
     """A shard's tokens, read from the file by position: nothing is mapped, memory stays flat.
