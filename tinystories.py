@@ -1069,8 +1069,8 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
                 shard: tuple[int, int] | None = None) -> None:
     """Stage `pretokenize`: every shard as uint16 tokens, a shard per process at a time.
 
-    Shards that are done already, also by an interrupted run, are skipped. Each leaves a note behind,
-    dataNN.partial.json; meta.json, of all notes, comes last, and while it is missing nothing can be read.
+    Each leaves a note behind, dataNN.note.json, by which it is skipped the next time, also after a run that
+    was interrupted; meta.json, of all notes, comes last, and while it is missing nothing can be read.
     A part of several (`shard`) does its share of the shards; who finds none missing writes meta.json.
     """
     tokenizer = Tokenizer(tokenizer_path(data_dir, vocab_size))
@@ -1090,20 +1090,22 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
             print(f"note: there is no {os.path.basename(shard_path('', first))}"
                   + f" (and {gaps - 1} more)" * (gaps > 1) + ": its stories are left out", file=sys.stderr)
         mine = sources[part - 1::parts]
-        notes = TokenNotes(folder, tokenizer)
-        before = {} if force else {source: entry for source, entry in notes.read(mine).items()
-                                   if is_whole(folder, entry)}
-        todo = [source for source in mine if source not in before]
+        head = {"format": META_FORMAT, "vocab_size": tokenizer.vocab_size,
+                "tokenizer_sha256": tokenizer.sha256, "bos_id": tokenizer.bos_id}
+        meta = os.path.join(folder, "meta.json")
+        os.makedirs(folder, exist_ok=True)
+        before = {} if force else up_to_date(folder, head, mine)
+        todo = [source for source in mine if source not in before or not is_whole(folder, before[source])]
         if todo:
-            notes.open(sources, todo)
-        for _, entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
-            notes.write(entry)
-        done = notes.read(sources)
+            forget(meta, *(note_path(folder, source) for source in todo))
+        for source, entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
+            write_json(note_path(folder, source), head | {"shard": entry})
+        done = up_to_date(folder, head, sources)
         if len(done) < len(sources):
             print(f"part {part} of {parts} is done; {len(sources) - len(done)} of {len(sources)} shards are "
                   "still to come from other parts")
             return
-        notes.close(list(done.values()))
+        write_json(meta, head | {"shards": list(done.values())})
     stories, tokens, size = (sum(entry[key] for entry in done.values())
                              for key in ("stories", "tokens", "bytes"))
     print(f"{folder}: {stories:,} stories, {tokens:,} tokens, {size / max(tokens, 1):.2f} bytes each"
@@ -1112,53 +1114,31 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
     print(f"next: python train.py {flags}" + f" --data_dir={shlex.quote(data_dir)}" * (data_dir != "data"))
 
 
-class TokenNotes:
-    """What a token folder knows of its shards: meta.json when all are done, until then a note for each."""
+def note_path(folder: str, source: str) -> str:
+    """Where pretokenize keeps what it knows of a text shard's tokens: dataNN.note.json."""
+    return os.path.join(folder, os.path.splitext(os.path.basename(source))[0] + ".note.json")
 
-    def __init__(self, folder: str, tokenizer: Tokenizer):
-        os.makedirs(folder, exist_ok=True)
-        self.folder, self.meta = folder, os.path.join(folder, "meta.json")
-        self.head = {"format": META_FORMAT, "vocab_size": tokenizer.vocab_size,
-                     "tokenizer_sha256": tokenizer.sha256, "bos_id": tokenizer.bos_id}
 
-    def notes(self) -> list[str]:
-        return glob.glob(os.path.join(glob.escape(self.folder), "*.partial.json"))
+def up_to_date(folder: str, head: dict, sources: list[str]) -> dict[str, dict]:
+    """By source, in order, the entries of shards made by a run like this one and of their size."""
+    entries = {}
+    for source in sources:
+        try:
+            with open(note_path(folder, source), encoding="utf-8") as f:
+                note = json.load(f)
+            entry = note["shard"]
+            if (head.items() <= note.items() and is_entry(entry)
+                    and source_state(source).items() <= entry.items()
+                    and file_size(os.path.join(folder, entry["name"])) == 2 * entry["tokens"]):
+                entries[source] = entry
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # missing or damaged: do its shard again
+    return entries
 
-    def read(self, sources: list[str]) -> dict[str, dict]:
-        """By source, in order, the entries of shards made by a run like this one and of their size."""
-        entries = {}
-        # twice: meanwhile another part may turn notes into meta.json, or meta.json into notes
-        for path in itertools.chain([self.meta], self.notes(), [self.meta]):
-            try:
-                with open(path, encoding="utf-8") as f:
-                    meta = json.load(f)
-                if self.head.items() <= meta.items():
-                    entries |= {entry["source"]: entry for entry in meta["shards"] if is_entry(entry)}
-            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                continue  # missing or damaged: do its shards again
-        return {source: entry for source in sources
-                if (entry := entries.get(os.path.basename(source)))
-                and source_state(source).items() <= entry.items()
-                and file_size(os.path.join(self.folder, entry["name"])) == 2 * entry["tokens"]}
 
-    def write(self, entry: dict) -> None:
-        name = os.path.splitext(entry["name"])[0] + ".partial.json"
-        with atomic_write(os.path.join(self.folder, name), "w") as f:
-            json.dump(self.head | {"shards": [entry]}, f, indent=1)
-
-    def open(self, sources: list[str], todo: list[str]) -> None:
-        """Shards will be replaced: notes in place of meta.json, for those that stay."""
-        if os.path.exists(self.meta):
-            for source, entry in self.read(sources).items():
-                if source not in todo:
-                    self.write(entry)
-            forget(self.meta)
-
-    def close(self, entries: list[dict]) -> None:
-        """All are done: meta.json in place of the notes."""
-        with atomic_write(self.meta, "w") as f:
-            json.dump(self.head | {"shards": entries}, f, indent=1)
-        forget(*self.notes())
+def write_json(path: str, value: dict) -> None:
+    with atomic_write(path, "w") as f:
+        json.dump(value, f, indent=1)
 
 
 def source_state(source: str) -> dict:
@@ -1516,7 +1496,7 @@ def read_meta(folder: str, vocab_size: int | None = None) -> dict:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
     except (FileNotFoundError, NotADirectoryError):
-        cut = glob.glob(os.path.join(glob.escape(folder), "*.partial.json"))
+        cut = glob.glob(os.path.join(glob.escape(folder), "*.note.json"))
         what = "an unfinished pretokenize" if cut else "no token shards"
         raise SystemExit(f"{what} in {folder}; {again}") from None
     except OSError as e:

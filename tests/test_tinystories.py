@@ -683,6 +683,11 @@ def expected_tokens(data, model):
             for name, texts in shards(data).items()}
 
 
+def files_of(names):
+    """Token shards and what pretokenize knows of each."""
+    return sorted([*names, *(name.replace(".bin", ".note.json") for name in names)])
+
+
 def snapshot(folder):
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).iterdir()}
 
@@ -695,7 +700,7 @@ def test_pretokenize(tok, capsys, workers, monkeypatch):
     assert f"python train.py --vocab_source=custom --vocab_size=350 --data_dir={tok}" in out
     folder = ts.token_dir(tok, 350)
     expected = expected_tokens(tok, ts.tokenizer_path(tok, 350))
-    assert sorted(os.listdir(folder)) == [*expected, "meta.json"]
+    assert sorted(os.listdir(folder)) == [*files_of(expected), "meta.json"]
     meta = json.loads(Path(folder, "meta.json").read_text())
     assert [meta[key] for key in ("format", "vocab_size", "bos_id")] == [2, 350, 1]
     assert meta["tokenizer_sha256"] == hashlib.sha256(Path(tok, "tok350.model").read_bytes()).hexdigest()
@@ -718,10 +723,10 @@ def test_pretokenize_skips_what_is_done(tok):
 
     def redone():
         ts.main(args)
-        now = snapshot(folder)
-        assert {k: v[0] for k, v in now.items() if k != "meta.json"} == {k: v[0] for k, v in first.items()
-                                                                         if k != "meta.json"}
-        changed = [name for name in first if now[name][1] != first[name][1] and name != "meta.json"]
+        now = {name: told for name, told in snapshot(folder).items() if name.endswith(".bin")}
+        assert {k: v[0] for k, v in now.items()} == {k: v[0] for k, v in first.items() if k.endswith(".bin")}
+        assert ts.read_meta(str(folder))
+        changed = [name for name in now if now[name][1] != first[name][1]]
         first.update(now)
         return sorted(changed)
 
@@ -740,7 +745,11 @@ def test_pretokenize_skips_what_is_done(tok):
     os.utime(ts.shard_files(tok)[1])
     assert redone() == ["data01.bin"]
     (folder / "meta.json").write_text("{broken")
-    assert redone() == [f"data{i:02d}.bin" for i in range(5)]
+    assert redone() == []  # it is made again of the notes
+    (folder / "data04.note.json").write_text("{broken")
+    assert redone() == ["data04.bin"]
+    (folder / "data00.note.json").unlink()
+    assert redone() == ["data00.bin"]
     args.append("--force")
     assert redone() == [f"data{i:02d}.bin" for i in range(5)]
     args.pop()
@@ -764,13 +773,13 @@ def test_pretokenize_stops_at_a_bad_story(tok):
     assert not (folder / "meta.json").exists() and not (folder / "data02.bin").exists()
     refuses("an unfinished pretokenize", ts.TokenBatches, str(folder), "train", 2, 8)
     # a shard may be whole without its note yet, when the failure of another stopped the run: it is done again
-    finished = {name.replace(".partial.json", ".bin") for name in os.listdir(folder) if "json" in name}
+    finished = {name.replace(".note.json", ".bin") for name in os.listdir(folder) if "json" in name}
     before = snapshot(folder)
     path.write_text(good)
     run("pretokenize", "--vocab_size=350", "--data_dir", tok, check=True)
     after = snapshot(folder)
     assert all(after[name] == before[name] for name in finished)
-    assert [name for name in after if "json" in name] == ["meta.json"]
+    assert sorted(after) == [*files_of([f"data{i:02d}.bin" for i in range(5)]), "meta.json"]
     assert {n: tokens(folder, n) for n in expected_tokens(tok, tok + "/tok350.model")} == \
         expected_tokens(tok, tok + "/tok350.model")
 
@@ -835,7 +844,7 @@ def test_pretokenize_notices_killed_processes(tok, tmp_path):
         time.sleep(0.02)
     assert dead(workers) and not (folder / "meta.json").exists()
     run("pretokenize", "--vocab_size=350", "--data_dir", tok, check=True)
-    assert sorted(os.listdir(folder)) == [*(f"data{i:02d}.bin" for i in range(5)), "meta.json"]
+    assert sorted(os.listdir(folder)) == [*files_of([f"data{i:02d}.bin" for i in range(5)]), "meta.json"]
     expected = expected_tokens(tok, tok + "/tok350.model")
     assert {n: tokens(folder, n) for n in expected} == expected
 
@@ -897,11 +906,12 @@ def test_pretokenize_in_parts(tok, capsys):
     assert "2 of 5 shards are still to come" in parts("1/2") and (folder / "meta.json").exists()
     assert "next" in parts("2/2")
     after = snapshot(folder)
-    assert [n for n in sorted(after) if after[n] != before[n]] == ["data01.bin", "data03.bin", "meta.json"]
-    assert {n: whole[n] for n in whole if n != "meta.json"} == \
-        {n: data for n, data in content(folder).items() if n != "meta.json"}
+    assert [n for n in sorted(after) if after[n] != before[n]] == \
+        [*files_of(["data01.bin", "data03.bin"]), "meta.json"]
+    assert {n: whole[n] for n in whole if n.endswith(".bin")} == \
+        {n: data for n, data in content(folder).items() if n.endswith(".bin")}
     (folder / "data04.bin").write_bytes(b"")
-    (folder / "data04.partial.json").write_text("{damaged")
+    (folder / "data04.note.json").write_text("{damaged")
     assert "next" in parts("1/2", "2/2")
     assert content(folder)["data04.bin"] == whole["data04.bin"] and ts.read_meta(str(folder))
 
@@ -1316,13 +1326,14 @@ def test_damaged_meta(scratch, place, value, edits):
         inner = inner[key]
     inner[path[-1]] = value
     text = json.dumps(meta).encode()
-    for data in (text, edited(text, edits)):
+    note = json.dumps(meta | {"shard": value if path in (["shards"], ("shards", 0)) else meta["shards"][0]})
+    for data, of_shard in ((text, note.encode()), (edited(text, edits), edited(note.encode(), edits))):
         (folder / "meta.json").write_bytes(data)
-        (folder / "data00.partial.json").write_bytes(data)
-        notes = ts.TokenNotes(str(folder), SimpleNamespace(vocab_size=60000, sha256="ab", bos_id=1))
+        (folder / "data00.note.json").write_bytes(of_shard)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ts, "source_state", lambda source: {})
-            assert all(ts.is_entry(entry) for entry in notes.read(["data00.json", "data01.json"]).values())
+            entries = ts.up_to_date(str(folder), {"vocab_size": 60000}, ["data00.json", "data01.json"])
+            assert all(ts.is_entry(entry) for entry in entries.values())
         if outcome(ts.read_meta, str(folder)) is None:
             continue
         for split in ("train", "val"):
