@@ -1097,9 +1097,9 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
         before = {} if force else up_to_date(folder, head, mine)
         todo = [source for source in mine if source not in before or not is_whole(folder, before[source])]
         if todo:
-            forget(meta, *(note_path(folder, source) for source in todo))
+            forget(meta, *(tokens_path(folder, source, ".note.json") for source in todo))
         for source, entry in tokenize_shards(todo, folder, tokenizer.model_path, num_workers):
-            write_json(note_path(folder, source), head | {"shard": entry})
+            write_json(tokens_path(folder, source, ".note.json"), head | {"shard": entry})
         done = up_to_date(folder, head, sources)
         if len(done) < len(sources):
             print(f"part {part} of {parts} is done; {len(sources) - len(done)} of {len(sources)} shards are "
@@ -1114,9 +1114,9 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
     print(f"next: python train.py {flags}" + f" --data_dir={shlex.quote(data_dir)}" * (data_dir != "data"))
 
 
-def note_path(folder: str, source: str) -> str:
-    """Where pretokenize keeps what it knows of a text shard's tokens: dataNN.note.json."""
-    return os.path.join(folder, os.path.splitext(os.path.basename(source))[0] + ".note.json")
+def tokens_path(folder: str, source: str, suffix: str = ".bin") -> str:
+    """Of a text shard's tokens; with .note.json, of what pretokenize knows of them."""
+    return os.path.join(folder, os.path.splitext(os.path.basename(source))[0] + suffix)
 
 
 def up_to_date(folder: str, head: dict, sources: list[str]) -> dict[str, dict]:
@@ -1124,12 +1124,12 @@ def up_to_date(folder: str, head: dict, sources: list[str]) -> dict[str, dict]:
     entries = {}
     for source in sources:
         try:
-            with open(note_path(folder, source), encoding="utf-8") as f:
+            with open(tokens_path(folder, source, ".note.json"), encoding="utf-8") as f:
                 note = json.load(f)
-            entry = note["shard"]
-            if (head.items() <= note.items() and is_entry(entry)
+            entry, path = note["shard"], tokens_path(folder, source)
+            if (head.items() <= note.items() and is_entry(entry) and entry["name"] == os.path.basename(path)
                     and source_state(source).items() <= entry.items()
-                    and file_size(os.path.join(folder, entry["name"])) == 2 * entry["tokens"]):
+                    and file_size(path) == 2 * entry["tokens"]):
                 entries[source] = entry
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # missing or damaged: do its shard again
@@ -1144,8 +1144,7 @@ def write_json(path: str, value: dict) -> None:
 def source_state(source: str) -> dict:
     """What tells one version of a text shard from another, without reading it."""
     stat = os.stat(source)
-    return {"source": os.path.basename(source), "source_bytes": stat.st_size,
-            "source_mtime_ns": stat.st_mtime_ns}
+    return {"source_bytes": stat.st_size, "source_mtime_ns": stat.st_mtime_ns}
 
 
 def is_whole(folder: str, entry: dict) -> bool:
@@ -1195,10 +1194,9 @@ def start_worker() -> None:
 def tokenize_shard(source: str, folder: str, model: str) -> dict:
     """Write one token shard as a stream; returns its entry for meta.json. Empty stories are left out."""
     tokenizer = Tokenizer(model)
-    name = os.path.splitext(os.path.basename(source))[0] + ".bin"
-    state = source_state(source)
+    path, state = tokens_path(folder, source), source_state(source)
     stories = size = 0
-    with atomic_write(os.path.join(folder, name), "w+b") as f:
+    with atomic_write(path, "w+b") as f:
         for batch in batches_of_stories(source):
             f.write(encode_stories(tokenizer, batch, source).tobytes())
             stories += len(batch)
@@ -1206,8 +1204,8 @@ def tokenize_shard(source: str, folder: str, model: str) -> dict:
         tokens, crc32 = f.tell() // 2, block_sums(f)
         f.seek(0)
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return {"name": name, "tokens": tokens, "stories": stories, "bytes": size, "sha256": sha256,
-            "crc32": crc32, **state}
+    return {"name": os.path.basename(path), "tokens": tokens, "stories": stories, "bytes": size,
+            "sha256": sha256, "crc32": crc32, **state}
 
 
 def batches_of_stories(source: str) -> Iterator[list[tuple[int, str]]]:
@@ -1468,18 +1466,13 @@ def pretokenize_again(folder: str, more: str = "") -> str:
 
 def is_entry(entry: object) -> bool:
     """Is this what tokenize_shard says of a shard? It may come from a damaged, or anyone's, meta.json."""
-    if not isinstance(entry, dict):
-        return False
-    name, *texts = (entry.get(key) for key in ("name", "source", "sha256", "crc32"))
-    counts = [entry.get(key) for key in ("tokens", "stories", "bytes", "source_bytes")]
-    if not (all(isinstance(text, str) for text in (name, *texts))
-            and all(type(count) is int and 0 <= count < 1 << 60 for count in counts)):
-        return False
-    source, sha256, crc32 = texts
-    return (re.fullmatch(r"data[0-9]{1,9}\.bin", name) is not None and source == name[:-4] + ".json"
-            and re.fullmatch("[0-9a-f]{64}", sha256) is not None
-            and re.fullmatch("[0-9a-f]*", crc32) is not None and len(crc32) == 8 * -(-2 * counts[0] // BLOCK)
-            and type(entry.get("source_mtime_ns")) is int)
+    texts = {"name": r"data[0-9]{1,9}\.bin", "sha256": "[0-9a-f]{64}", "crc32": "([0-9a-f]{8})*"}
+    counts = ("tokens", "stories", "bytes", "source_bytes")
+    return (isinstance(entry, dict) and type(entry.get("source_mtime_ns")) is int
+            and all(isinstance(entry.get(key), str) and re.fullmatch(pattern, entry[key])
+                    for key, pattern in texts.items())
+            and all(type(entry.get(key)) is int and 0 <= entry[key] < 1 << 60 for key in counts)
+            and len(entry["crc32"]) == 8 * -(-2 * entry["tokens"] // BLOCK))
 
 
 def is_head(meta: object) -> bool:

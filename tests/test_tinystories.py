@@ -1309,7 +1309,7 @@ def test_any_stories_become_tokens(scratch, data_dir, texts):
         assert entry["stories"] == len(clean) and ts.is_entry(entry)
 
 
-ENTRY = ["name", "tokens", "stories", "bytes", "sha256", "crc32", "source", "source_bytes", "source_mtime_ns"]
+ENTRY = ["name", "tokens", "stories", "bytes", "sha256", "crc32", "source_bytes", "source_mtime_ns"]
 PLACES = [*"format vocab_size tokenizer_sha256 bos_id shards".split(), ("shards", 0), ("shards", 1),
           *(("shards", i, key) for i in (0, 1) for key in ENTRY)]
 VALUES_OF_META = JSON | st.integers(-2**70, 2**70) | st.sampled_from(
@@ -1511,7 +1511,7 @@ def made(folder, sizes, bos=1):
         sums = [f"{zlib.crc32(data[at:at + ts.BLOCK]):08x}" for at in range(0, len(data), ts.BLOCK)]
         entries.append({"name": f"data{i:02d}.bin", "tokens": size, "stories": 1, "bytes": 3 * size,
                         "sha256": hashlib.sha256(data).hexdigest(), "crc32": "".join(sums),
-                        "source": f"data{i:02d}.json", "source_bytes": 1, "source_mtime_ns": 1})
+                        "source_bytes": 1, "source_mtime_ns": 1})
     meta = {"format": 2, "vocab_size": 60000, "tokenizer_sha256": "ab", "bos_id": bos, "shards": entries}
     (folder / "meta.json").write_text(json.dumps(meta))
     return str(folder)
