@@ -1014,8 +1014,7 @@ class Pretraining:
         self.loss_sum, self.loss_count = 0.0, 0  # of the training losses since the last evaluation
         self.evaluated = False  # whether this iteration's evaluation, if one is due, has been made
         self.skipped = self.in_a_row = 0  # steps not made, for a loss or gradient that is not finite
-        self.behind = False  # whether the newest state is not where a run looks first
-        self.saved = -1  # the newest state's iteration
+        self.saved = -1  # iteration of the state in last.pt
         if cfg.init_from == "resume":
             self.resume(path, checkpoint)
         elif path:
@@ -1044,9 +1043,8 @@ class Pretraining:
             self.loss_sum, self.loss_count = map(float, checkpoint["train_loss"])
             self.skipped = checkpoint.get("skipped", 0)
             self.evaluated = checkpoint.get("evaluated", True)
-            # a run that was killed between two files of its last save must end with both
-            self.behind = os.path.basename(path) == "ckpt.pt"
-            self.saved = self.iter_num
+            if os.path.basename(path) != "ckpt.pt":  # else killed between the two files of its last save
+                self.saved = self.iter_num
             self.set_lr(max(self.iter_num - 1, 0))
 
     def best_of(self, checkpoint: dict) -> float:
@@ -1199,8 +1197,6 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     cfg, runtime, interrupt = run.cfg, run.runtime, Interrupt()
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * run.raw_model.args.max_seq_len
     bar = tqdm(total=cfg.max_iters, initial=run.iter_num, unit="it", disable=None if metrics else True)
-    if run.behind and not cfg.eval_only:
-        run.save(best=False)
     since = shown = saved = time.perf_counter()
     since_iter = run.iter_num
     while True:
@@ -1249,11 +1245,11 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
     if cfg.eval_only:
         if asked:
             raise SystemExit("stopped")
-    elif asked and (run.iter_num < cfg.max_iters or not run.evaluated):
-        if run.saved < run.iter_num:
-            run.save(best=False)
-        if metrics:
-            say_stopped(run.iter_num, runtime)
+        return
+    if run.saved < run.iter_num:
+        run.save(best=False)
+    if metrics and asked and (run.iter_num < cfg.max_iters or not run.evaluated):
+        say_stopped(run.iter_num, runtime)
     elif metrics:
         print(f"next: {run_command(cfg, run.raw_model.args, 'model.bin')}")
 
