@@ -1230,10 +1230,7 @@ class PPO:
                 fill_shards(path, state, self.policy, self.optimizer)
             else:
                 self.runtime.load_weights(self.policy, state["model"])
-                moments = state["optimizer"]
-                if self.runtime.fsdp:
-                    moments = self.runtime.split_moments(self.optimizer, moments)
-                load_moments(self.optimizer, moments)
+                self.runtime.load_moments(self.optimizer, state["optimizer"])
             if self.critic:
                 self.critic.load_state_dict(state["critic"])
         except (RuntimeError, ValueError, KeyError) as e:
@@ -1285,14 +1282,6 @@ class PPO:
             self.saved = self.iter_num
         except (OSError, RuntimeError) as e:  # torch.save hides a full disk in a RuntimeError
             raise SystemExit(f"cannot save to {folder} ({e}); what was saved before is whole") from None
-
-
-def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Take over moments; learning rates and the like come from the flags. ValueError if they don't fit."""
-    ours = optimizer.state_dict()
-    if [g["params"] for g in ours["param_groups"]] != [g["params"] for g in saved["param_groups"]]:
-        raise ValueError("the optimizer's state is of other parameters")
-    optimizer.load_state_dict(ours | {"state": saved["state"]})
 
 
 def fingerprint(model: Transformer) -> str:

@@ -70,7 +70,7 @@ from model import (
     showable,
     state_paths,
 )
-from ppo import CPU_PART_TOKENS, PPO, PPOConfig, load_moments, reward_names, say_stopped, train_ppo
+from ppo import CPU_PART_TOKENS, PPO, PPOConfig, reward_names, say_stopped, train_ppo
 from tinystories import StoryStarts, TokenBatches, command, pretokenize_again, read_meta, token_dir
 from tokenizer import CommandLine, Tokenizer, atomic_write, did_you_mean, lock, tokenizer_path
 
@@ -445,18 +445,25 @@ class Runtime:
                 unit.set_reshard_after_forward(unit is not model, recurse=False)  # as fully_shard has it
                 unit.reshard()
 
-    def split_moments(self, optimizer: torch.optim.Optimizer, saved: dict) -> dict:
-        """An optimizer's state dict with whole moments, those of rank 0 split as the parameters are."""
-        from torch.distributed.tensor import distribute_tensor
+    def load_moments(self, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+        """Take over moments, given whole, of a split model by rank 0; settings such as lr stay as they are.
 
-        params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
-        for i, values in saved["state"].items():
-            p = params[i]
-            state[i] = {
-                key: distribute_tensor(x.to(self.device), p.device_mesh, p.placements) if x.dim() else x
-                for key, x in values.items()
-            }
-        return saved | {"state": state}
+        Raises ValueError if they are of other parameters.
+        """
+        ours, state = optimizer.state_dict(), saved["state"]
+        if [g["params"] for g in ours["param_groups"]] != [g["params"] for g in saved["param_groups"]]:
+            raise ValueError("the optimizer's state is of other parameters")
+        if self.fsdp:
+            from torch.distributed.tensor import distribute_tensor
+
+            params, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+            for i, values in saved["state"].items():
+                p = params[i]
+                state[i] = {
+                    key: distribute_tensor(x.to(self.device), p.device_mesh, p.placements) if x.dim() else x
+                    for key, x in values.items()
+                }
+        optimizer.load_state_dict(ours | {"state": state})
 
     def whole_weights(self, model: Transformer) -> dict[str, torch.Tensor]:
         """The state dict, of a split model gathered on rank 0 (on others empty); all ranks call it."""
@@ -788,10 +795,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict | None, runtime
     """Take over moments, not hyperparameters: those come from the flags. False if there are no moments."""
     if not state or not state["state"]:
         return False
-    if runtime.fsdp:
-        state = runtime.split_moments(optimizer, state)
     try:
-        load_moments(optimizer, state)
+        runtime.load_moments(optimizer, state)
     except ValueError:
         raise SystemExit(
             "the checkpoint's optimizer state is of another model; start from its weights "

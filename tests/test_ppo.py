@@ -2233,7 +2233,7 @@ def test_moments_come_without_their_settings():
     )
     p.sum().backward()
     old.step()
-    train.load_moments(new, old.state_dict())
+    train.Runtime("cpu", torch.float32, False).load_moments(new, old.state_dict())
     (group,) = new.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (2.0, (0.9, 0.99), 1e-3, 0.0)
     assert [int(s["step"]) for s in new.state.values()] == [1]
