@@ -76,16 +76,15 @@ class ModelArgs:
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        one = "dim n_layers n_heads n_kv_heads vocab_size hidden_dim multiple_of max_seq_len"
+        check_numbers(self, **dict.fromkeys(one.split(), 1))
         if self.dim % (2 * self.n_heads):
             raise ValueError(
                 f"dim={self.dim} must be a multiple of 2*n_heads={2 * self.n_heads} (rotary pairs)"
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
-        if not 0 <= self.dropout < 1:
+        if self.dropout >= 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if not (0 < self.rope_theta < 1e38 and 0 < self.norm_eps < 1):  # what run.c and float32 can tell
             raise ValueError(
@@ -93,8 +92,6 @@ class ModelArgs:
             )
         if self.max_seq_len > MAX_SEQ_LEN:  # the rotary tables are made for all of it
             raise ValueError(f"max_seq_len={self.max_seq_len} must be at most {MAX_SEQ_LEN}")
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise ValueError(f"hidden_dim={self.hidden_dim} must be at least 1")
         if self.hidden_dim is None:
             self.hidden_dim = -(-(8 * self.dim // 3) // self.multiple_of) * self.multiple_of
 
@@ -132,7 +129,7 @@ def rope_table(head_dim: int, length: int, theta: float) -> tuple[torch.Tensor, 
 
     Source: Su et al. 2021, RoFormer.
     """
-    freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
+    freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
     angles = torch.outer(torch.arange(length), freqs).float()
     return angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
 
