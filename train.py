@@ -712,12 +712,7 @@ def go_on(cfg: TrainConfig, model_given: dict, given: dict) -> tuple[TrainConfig
     changes = {k: v for k, v in model_given.items() if k in free}
     empty = cfg.fsdp and (rank > 0 or path.endswith(SHARDED))
     model = model_from_checkpoint(checkpoint, path, empty, **changes)
-    for name, value in model_given.items():
-        if not agrees(name, value, model.args):
-            raise SystemExit(
-                f"--{name}={value} contradicts {path}, where it is {getattr(model.args, name)}; "
-                f"leave the flag out, or train anew with --init_from=scratch"
-            )
+    check_agreement(model_given, model.args, path)
     names = {"vocab_source"}
     if resume:
         names = {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED
@@ -771,13 +766,19 @@ def check_batch(cfg: TrainConfig, args: ModelArgs, folder: str, meta: dict) -> N
     )
 
 
-def agrees(name: str, value, args: ModelArgs) -> bool:
-    """Whether a flag says what a checkpoint's shape is, as far as the shape shows it."""
-    if name == "multiple_of":  # only leaves its trace in hidden_dim
-        implied = ModelArgs(**asdict(args) | {"hidden_dim": None, "multiple_of": value}).hidden_dim
-        return implied == args.hidden_dim or value == args.multiple_of
-    ours = getattr(args, name)
-    return math.isclose(value, ours, rel_tol=1e-6) if isinstance(value, float) else value == ours
+def check_agreement(model_given: dict, args: ModelArgs, path: str) -> None:
+    """SystemExit for a flag that is not what the shape in path is, as far as that shows it."""
+    for name, value in model_given.items():
+        ours = getattr(args, name)
+        same = math.isclose(value, ours, rel_tol=1e-6) if isinstance(value, float) else value == ours
+        if name == "multiple_of":  # only leaves its trace in hidden_dim
+            implied = ModelArgs(**asdict(args) | {"hidden_dim": None, "multiple_of": value}).hidden_dim
+            same = same or implied == args.hidden_dim
+        if not same:
+            raise SystemExit(
+                f"--{name}={value} contradicts {path}, where it is {ours}; leave the flag out, or train "
+                "another model with another --out_dir"
+            )
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig, kind: str) -> torch.optim.AdamW:
@@ -1354,11 +1355,7 @@ def configure_ppo(
     state_path, state = newest_state(paths, split) if paths else ("", None)
     try:
         args = ModelArgs(**checkpoint["model_args"])
-        for name, value in model_given.items():
-            if name != "dropout" and not agrees(name, value, args):
-                raise SystemExit(
-                    f"--{name}={value} contradicts {path}, where it is {getattr(args, name)}; leave it out"
-                )
+        check_agreement({k: v for k, v in model_given.items() if k != "dropout"}, args, path)
         train_names = {f.name for f in dataclasses.fields(TrainConfig)}
         if state:
             saved = {k: v for k, v in state["config"].items() if k not in NOT_INHERITED}
