@@ -265,17 +265,14 @@ class Measured:
     It keeps long names and the like in memory, however long they claim to be.
     """
 
-    def __init__(self, f: IO[bytes], limit: int):
-        self._f, self._limit, self.allowed = f, limit, HEADERS
+    def __init__(self, f: IO[bytes]):
+        self._f, self.allowed = f, HEADERS
 
     def read(self, size: int) -> bytes:
         data = self._f.read(size)
         self.allowed -= len(data)
-        self._limit -= len(data)
         if self.allowed < 0:
             raise tarfile.ReadError("a header is too long")
-        if self._limit < 0:
-            raise tarfile.ReadError("it unpacks to far more than it should")
         return data
 
 
@@ -285,29 +282,26 @@ def extract(archive: str, folder: str) -> None:
     Only regular files are taken, each under the last part of its name: no path or link leads elsewhere. What
     unpacks to over a hundred times its size, or to more than the disk has room for, is refused.
     """
-    limit = 100 * os.path.getsize(archive) + HEADERS
     with new_folder(folder) as scratch:
         try:
-            with open(archive, "rb") as raw, gzip.open(raw) as unzipped:
-                plain = Measured(unzipped, limit)
-                take_shards(archive, plain, scratch, raw)
-                plain.allowed = limit
-                while plain.read(CHUNK):  # to its end, where gzip's checksum is
-                    pass
+            take_shards(archive, scratch)
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, *CONFUSED) as e:
             raise SystemExit(f"{archive} is damaged ({e}); delete it and run download again") from None
         if not os.listdir(scratch):
             raise SystemExit(f"{archive} holds no data00.json, data01.json, …; delete it and check --url=URL")
 
 
-def take_shards(archive: str, plain: Measured, folder: str, raw: IO[bytes]) -> None:
-    """Copy the shards in the tar file `plain`, the unzipped `raw`, into `folder`."""
-    room = shutil.disk_usage(folder).free
-    with (progress_bar("unpacking", os.path.getsize(archive)) as bar,
-          tarfile.open(fileobj=plain, mode="r|") as tar):
+def take_shards(archive: str, folder: str) -> None:
+    size, room = os.path.getsize(archive), shutil.disk_usage(folder).free
+    limit = 100 * size + HEADERS
+    with open(archive, "rb") as raw, gzip.open(raw) as unzipped, progress_bar("unpacking", size) as bar:
+        plain = Measured(unzipped)
+        tar = tarfile.open(fileobj=plain, mode="r|")
         for member in tar:
             if member.issparse():  # a few bytes that would become as many as it likes
                 raise tarfile.ReadError("a file with holes in it")
+            if member.offset_data + member.size > limit:
+                raise tarfile.ReadError("it unpacks to far more than it should")
             plain.allowed = member.size + HEADERS
             target = os.path.join(folder, os.path.basename(member.name))
             if member.isreg() and shard_number(target) >= 0 and not os.path.exists(target):
@@ -318,6 +312,9 @@ def take_shards(archive: str, plain: Measured, folder: str, raw: IO[bytes]) -> N
                 with atomic_write(target) as f:
                     shutil.copyfileobj(tar.extractfile(member), f, CHUNK)
             bar.update(raw.tell() - bar.n)
+        plain.allowed = limit
+        while plain.read(CHUNK):  # to its end, where gzip's checksum is
+            pass
 
 
 def download(data_dir: str, small: bool, url: str | None, tokenizer_url: str, force: bool) -> None:
