@@ -22,6 +22,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -1517,22 +1518,16 @@ def read_meta(folder: str, vocab_size: int | None = None) -> dict:
 
 # ---- command line ------------------------------------------------------------------------------------
 
-def positive(value: str) -> int:
-    if not value.isdecimal() or not int(value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
-    return int(value)
+def whole_number(least: int, most: float = math.inf, why: str = "") -> Callable[[str], int]:
+    """A parser of numbers from `least` to `most`; `why` explains the limits."""
+    limits = f"between {least} and {most}" if most < math.inf else f"above {least - 1}"
 
+    def number(value: str) -> int:
+        if not value.isdecimal() or not least <= int(value) <= most:
+            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number {limits}{why}")
+        return int(value)
 
-def story_count(value: str) -> int:
-    if positive(value) < 2:
-        raise argparse.ArgumentTypeError(f"{value} is below 2 (one is for validation)")
-    return int(value)
-
-
-def shard_count(value: str) -> int:
-    if not 2 <= positive(value) <= MAX_SHARDS:
-        raise argparse.ArgumentTypeError(f"{value} is not between 2 and {MAX_SHARDS} (one is for validation)")
-    return int(value)
+    return number
 
 
 def part(value: str) -> tuple[int, int]:
@@ -1541,10 +1536,6 @@ def part(value: str) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{value!r} is not a part such as 1/4, 2/4, 3/4 or 4/4")
     return int(match[1]), int(match[2])
-
-
-def size_or_0(value: str) -> int:
-    return positive(value) if value != "0" else 0
 
 
 def some_text(value: str) -> str:
@@ -1585,6 +1576,8 @@ def make_cli() -> CommandLine:
                             "4/4 on machines that share the data_dir; together they write the same files")
 
     replace = "replace the stories that are there"
+    why = " (one is for validation)"
+    stories, shards = whole_number(2, why=why), whole_number(2, MAX_SHARDS, why)
     p = stage("download", download, "Download TinyStories (1.5 GB) and the Llama 2 tokenizer", replace)
     p.add_argument("--small", action="store_true", help="only TinyStories-valid.txt (20 MB), as shards")
     p.add_argument("--url", type=web_address, help="a mirror of the archive (--small: of the .txt)")
@@ -1597,24 +1590,24 @@ def make_cli() -> CommandLine:
                    help="what stands between the stories of a text file: endoftext "
                    "(<|endoftext|>), blank (blank lines), or any other text, \\n being a new line")
     p.add_argument("--field", help="where a JSON object has its text (default: story, else text)")
-    p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
+    p.add_argument("--num_shards", type=shards, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="decides which stories are for validation")
 
     p = stage("synth", synth, "Make up simple stories from a built-in grammar; needs no network", replace)
-    p.add_argument("--num_stories", type=story_count, default=20000, help="how many")
-    p.add_argument("--num_shards", type=shard_count, default=10, help="files to make, one for validation")
+    p.add_argument("--num_stories", type=stories, default=20000, help="how many")
+    p.add_argument("--num_shards", type=shards, default=10, help="files to make, one for validation")
     p.add_argument("--seed", type=int, default=1337, help="another seed, other stories")
     share(p)
 
     p = stage("train_vocab", train_vocab, "Train a vocabulary on the training shards")
     p.add_argument("--vocab_size", type=int, required=True, help=f"pieces, {MIN_VOCAB} to {MAX_VOCAB}")
-    p.add_argument("--num_shards", type=positive, default=10, help="how many training shards to read")
+    p.add_argument("--num_shards", type=whole_number(1), default=10, help="how many training shards to read")
 
     p = stage("pretokenize", pretokenize, "Turn the stories into tokens", "also those up to date")
-    p.add_argument("--vocab_size", type=size_or_0, default=0,
+    p.add_argument("--vocab_size", type=whole_number(0), default=0,
                    help="a vocabulary from train_vocab; 0: Llama 2's")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    p.add_argument("--num_workers", type=positive, default=cores, help="processes")
+    p.add_argument("--num_workers", type=whole_number(1), default=cores, help="processes")
     share(p)
     return cli
 

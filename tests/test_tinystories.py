@@ -1489,8 +1489,8 @@ def test_values_of_options(value):
             return None
 
     number = int(value) if value.isdecimal() and len(value) < 4000 else 0
-    assert parsed(ts.positive) == (number or None)
-    assert parsed(ts.shard_count) == (number if 2 <= number <= 1000 else None)
+    assert parsed(ts.whole_number(1)) == (number or None)
+    assert parsed(ts.whole_number(2, 1000)) == (number if 2 <= number <= 1000 else None)
     assert parsed(ts.some_text) == (value or None)
     i, slash, n = value.partition("/")
     ok = slash and re.fullmatch("[0-9]{1,4}", i) and re.fullmatch("[0-9]{1,4}", n) and 1 <= int(i) <= int(n)
@@ -1796,7 +1796,7 @@ def test_paths():
 
 @pytest.mark.parametrize("args, message", [
     ([], "STAGE"), (["pretokenise"], "pretokenise"), (["synth", "--seeds=3"], "did you mean --seed"),
-    (["synth", "--num-stories=0"], "not a whole number above 0"), (["import", "a.pdf"], "no such file"),
+    (["synth", "--num-stories=0"], "not a whole number above 1"), (["import", "a.pdf"], "no such file"),
     (["synth", "--num_shards=1"], "between 2 and 1000"), (["train_vocab", "--vocab_size=abc"], "abc"),
     (["import"], "FILE"), (["pretokenize", "--vocab_size"], "expected")])
 def test_command_line_mistakes(args, message, tmp_path):
