@@ -559,12 +559,12 @@ def no_checkpoint(path: Path) -> str:
     return f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}{how}"
 
 
-def fault(e: Exception, why: str) -> str:
-    """Why a checkpoint was refused, in place of torch's advice to run what is in it."""
+def fault(e: Exception) -> str:
+    """Why a checkpoint was refused, in one line, in place of torch's advice to run what is in it."""
     from tokenizer import printable
 
     if "Weights only load failed" not in str(e):
-        return printable(why)
+        return printable(" ".join(str(e).split())[:200] or type(e).__name__)
     code = re.search(r"GLOBAL ([\w.]+)", str(e))
     return f"it would run code ({code[1]})" if code else "it holds something else than weights"
 
@@ -621,8 +621,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
         zipfile.BadZipFile,
         pickle.UnpicklingError,
     ) as e:  # whatever a damaged archive leads its readers into
-        why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
-        raise SystemExit(f"{path} cannot be read as a checkpoint: {fault(e, why)}; {RESTORE}") from None
+        raise SystemExit(f"{path} cannot be read as a checkpoint: {fault(e)}; {RESTORE}") from None
     parts = {"config": {}} | checkpoint if isinstance(checkpoint, dict) else {}
     parts = [parts.get(key) for key in ("model", "model_args", "config")]
     if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):
@@ -746,7 +745,7 @@ def sharded_reader(path: str | os.PathLike, rest: dict, check: bool = True):
         EOFError,
         pickle.UnpicklingError,
     ) as e:
-        raise SystemExit(f"{path} cannot be read as a checkpoint: {e}; {RESTORE}") from None
+        raise SystemExit(f"{path} cannot be read as a checkpoint: {fault(e)}; {RESTORE}") from None
     return reader
 
 
@@ -878,7 +877,7 @@ def fill_shards(
     try:
         dcp.load(shards(model, optimizer), storage_reader=reader)
     except CheckpointException as e:
-        why = " ".join(str(next(iter(e.failures.values()))[0]).split())[:200]
+        why = fault(next(iter(e.failures.values()))[0])
         raise SystemExit(f"{path} does not hold this model's state ({why}); {RESTORE}") from None
 
 
@@ -899,25 +898,19 @@ def model_from_checkpoint(
         args["tie_embeddings"] = output is None or (embedding is not None and torch.equal(embedding, output))
     if args["tie_embeddings"] and "tok_embeddings.weight" in state:
         state["output.weight"] = state["tok_embeddings.weight"]
-    known = {f.name for f in fields(ModelArgs)}
-    if unknown := args.keys() - known:
-        names = fault(ValueError(), ", ".join(sorted(unknown)))
+    if unknown := args.keys() - {f.name for f in fields(ModelArgs)}:
+        names = fault(ValueError(", ".join(sorted(unknown))))
         raise SystemExit(f"{path} has model_args this version does not know: {names}; update the program")
     try:
         shape, held = ModelArgs(**args), sum(w.numel() for w in state.values())
         if not empty and shape.num_parameters() > held:  # before memory is taken for what is not there
             raise ValueError(f"it has {held:,} numbers of {shape.num_parameters():,}")
-    except (ValueError, TypeError, AttributeError) as e:
-        why = fault(e, str(e))
-        raise SystemExit(f"{path} does not hold the model it describes: {why}; {RESTORE}") from None
-    try:
         with torch.device("meta" if empty else "cpu"):
             model = Transformer(ModelArgs(**args | changes))
         if not empty:
             model.load_state_dict(state)
-    except (ValueError, TypeError, RuntimeError) as e:
-        why = fault(e, " ".join(str(e).split())[:200])
-        raise SystemExit(f"{path} does not hold the model it describes: {why}; {RESTORE}") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise SystemExit(f"{path} does not hold the model it describes: {fault(e)}; {RESTORE}") from None
     return model
 
 

@@ -244,3 +244,13 @@ def test_a_zip_of_other_records(tmp_path):
     assert read(str(path)) is None
     path.write_bytes(zlib.compress(b"nor this"))
     assert read(str(path)) is None
+
+
+def test_an_index_gives_the_terminal_no_orders(tmp_path):
+    index = b"c\x1b[31mposix\nmkdir\n."  # a pickle that asks for a module of this name
+    os.mkdir(folder := tmp_path / "evil.dcp")
+    (folder / ".metadata").write_bytes(index)
+    rest = {"model": {}, "model_args": {}, "optimizer": {}, "crc32": {".metadata": zlib.crc32(index)}}
+    torch.save(rest, folder / "rest.pt")
+    with pytest.raises(SystemExit, match=r"asks for \\x1b\[31mposix\.mkdir"):
+        load_checkpoint(folder)
