@@ -55,7 +55,7 @@ except ModuleNotFoundError as e:
     raise SystemExit(f"{e.name} is not installed for Python {sys.version.split()[0]}; run: "
                      ". .venv/bin/activate, or with 3.11 or newer: pip install -r requirements.txt") from None
 
-from tokenizer import CommandLine, Tokenizer, atomic_write, kept_path, lock, tokenizer_path, whole
+from tokenizer import CommandLine, Tokenizer, atomic_write, forget, kept_path, lock, tokenizer_path, whole
 
 STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 SMALL_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-valid.txt"
@@ -252,12 +252,6 @@ def is_rest(reply, part: str, have: int, seen: dict, flag: str) -> bool:
     if status in (408, 425, 429) or status >= 500:
         raise TryAgain(why)
     raise SystemExit(f"cannot download {reply.url}: {why}; check {flag}=URL")
-
-
-def forget(*paths: str) -> None:
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.remove(path)
 
 
 class Measured:

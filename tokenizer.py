@@ -48,9 +48,8 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator:
     runs never write into each other's; those of dead processes of this host are cleared away.
     """
     ours = f"{path}.{platform.node()}-"
-    for stale in glob.glob(glob.escape(ours) + "*.tmp"):
-        if not _alive(stale[len(ours):-len(".tmp")]):
-            _remove(stale)
+    forget(*(stale for stale in glob.glob(glob.escape(ours) + "*.tmp")
+             if not _alive(stale[len(ours):-len(".tmp")])))
     tmp = f"{ours}{os.getpid()}.tmp"
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -64,7 +63,7 @@ def atomic_write(path: str, mode: str = "wb") -> Iterator:
             e.filename = path
         raise
     finally:
-        _remove(tmp)
+        forget(tmp)
 
 
 def lock(folder: str, name: str = ".lock", other: str = "another folder", shared: bool = False) -> IO | None:
@@ -113,11 +112,11 @@ def _alive(pid: str) -> bool:
     return True
 
 
-def _remove(path: str) -> None:
-    try:
-        os.remove(path)
-    except FileNotFoundError:
-        pass
+def forget(*paths: str) -> None:
+    """Remove those of the files that are there."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.remove(path)
 
 
 def tokenizer_path(data_dir: str, vocab_size: int) -> str:
