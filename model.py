@@ -776,17 +776,17 @@ def load_sharded(path: str | os.PathLike, lazily: bool = False, check: bool = Tr
     return rest
 
 
-def numbered(folder: str, stem: str) -> list[str]:
-    """Paths of the states STEM-ITERATION.pt or .dcp in a folder, the oldest first."""
+def numbered(folder: str, stem: str) -> list[tuple[int, str]]:
+    """Iterations and paths of the states STEM-ITERATION.pt or .dcp in a folder, the oldest first."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [m for m in (re.fullmatch(rf"{stem}-(\d+)\.(pt|dcp)", name) for name in names) if m]
-    return [os.path.join(folder, m[0]) for m in sorted(found, key=lambda m: int(m[1]))]
+    return sorted((int(m[1]), os.path.join(folder, m[0])) for m in found)
 
 
 def state_paths(folder: str, stem: str) -> list[str]:
     """Paths of all states of a run in a folder: STEM.pt, the newest, and the numbered ones."""
-    paths = os.path.join(folder, stem + ".pt"), *numbered(folder, stem)
-    return [path for path in paths if os.path.exists(path)]
+    newest = os.path.join(folder, stem + ".pt")
+    return [newest] * os.path.exists(newest) + [path for _, path in numbered(folder, stem)]
 
 
 def save_state(folder: str, stem: str, checkpoint: dict, keep: int = 1, tensors: dict | None = None) -> None:
@@ -817,7 +817,7 @@ def save_state(folder: str, stem: str, checkpoint: dict, keep: int = 1, tensors:
             os.path.join(folder, f"{stem}-{checkpoint['iter_num']:08d}{SHARDED}"), tensors, checkpoint
         )
     if writer:
-        states = [(int(re.search(r"(\d+)\.\w+$", path)[1]), path) for path in numbered(folder, stem)]
+        states = numbered(folder, stem)
         # of more iterations: damaged, or this run would have gone on from it
         past = [path for number, path in states if number <= checkpoint["iter_num"]]
         kept = past[max(0, len(past) - (keep - (tensors is None))) :]

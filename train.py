@@ -531,9 +531,8 @@ def check_launch() -> None:
         )
 
 
-def check_early(given: dict) -> None:
+def check_early(cfg: TrainConfig) -> None:
     """SystemExit for flags that cannot be right on this machine: before any file is read, and any written."""
-    cfg = TrainConfig(**given)
     words = ("scratch", "resume", "auto")
     if cfg.init_from not in words and not os.path.exists(cfg.init_from):
         raise SystemExit(
@@ -670,8 +669,8 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
     checkpoint whose tensors are split everywhere.
     """
     try:
-        check_early(given)
         cfg = TrainConfig(**given)
+        check_early(cfg)
         if begun_by_this_launch(cfg.out_dir):
             cfg.init_from = "resume"
         if cfg.init_from == "auto":
@@ -1345,7 +1344,7 @@ def configure_ppo(
     paths = state_paths(out_dir, "ppo_ckpt")
     ppo_given = {k: v for k, v in ppo_given.items() if (k, v) != ("ppo_iters", 0)}  # which is the default
     try:
-        check_early(given)
+        check_early(TrainConfig(**given))
         if not paths:  # of which the rest would come
             PPOConfig(**ppo_given)
     except ValueError as e:
@@ -1425,9 +1424,9 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
     cfg, ppo, checkpoint, state_path, state = configure_ppo(model_given, given, ppo_given)
     runtime = set_up(cfg, ppo=True)
     args = ModelArgs(**checkpoint["model_args"] | {"dropout": 0.0})
-    about = {"config": asdict(cfg) | checkpoint.get("config", {}), "model_args": asdict(args)}
-    about["config"] |= {"vocab_source": cfg.vocab_source, "data_dir": cfg.data_dir}
-    tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"), strict=True)
+    path = os.path.join(cfg.out_dir, "ckpt.pt")
+    config = checkpoint.get("config", {}) | {"vocab_source": cfg.vocab_source, "data_dir": cfg.data_dir}
+    tokenizer = find_tokenizer({"config": config, "model_args": asdict(args)}, path, strict=True)
     prompts, held_out = prompts_for(cfg, ppo, args, checkpoint, tokenizer)
     agree_on(runtime, state_path, state or {}, cfg.out_dir)
     run = PPO(ppo, cfg, runtime, checkpoint, tokenizer, prompts, held_out)
@@ -1439,13 +1438,10 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
         text = TokenBatches(folder, "val", 4, args.max_seq_len, max_batches=1)
         loss = evaluate(run.reference, text, runtime)["loss/val"]
         if runtime.rank == 0:
-            warn_of_noise(loss, args.vocab_size, os.path.join(cfg.out_dir, "ckpt.pt"), folder)
-    metrics = None
-    if runtime.rank == 0:
-        metrics = open_metrics(cfg, run.iter_num, ppo=True, fresh=state is None)
+            warn_of_noise(loss, args.vocab_size, path, folder)
+    metrics = None if runtime.rank else open_metrics(cfg, run.iter_num, ppo=True, fresh=state is None)
     with rescued(run, lambda: run.save(write_model, best=False)):
         if metrics:
-            path = os.path.join(cfg.out_dir, "ckpt.pt")
             print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
             print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
             trained = sum(p.numel() for p in run.trained)
