@@ -711,7 +711,7 @@ class PPO:
         self.beta, self.episodes, self.seconds = ppo.init_kl_coef, 0, 0.0
         self.evaluated, self.evaluation = False, {}
         self.best = (-math.inf, 0.0)  # reward and KL of the best evaluation
-        self.saved = -1  # the newest state's iteration
+        self.saved = self.first  # the newest state's iteration; the reference's needs no saving
         self.size, self.longest = rollout_size(ppo, cfg), min(ppo.max_gen_len, self.args.max_seq_len)
         self.skipped = self.in_a_row = 0  # steps that were not made, for a gradient that is not finite
 
@@ -1344,7 +1344,7 @@ def kept(run: PPO, write_model: Callable[[str, ModelArgs, dict], None]) -> Itera
         yield
     except SystemExit:
         run.moments = moments
-        if run.runtime.alone and not run.cfg.eval_only and run.iter_num > max(run.saved, run.first):
+        if run.runtime.alone and not run.cfg.eval_only and run.iter_num > run.saved:
             run.save(write_model, best=False)
         raise
 

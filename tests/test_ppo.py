@@ -1904,6 +1904,18 @@ def test_an_evaluation_that_cannot_be_logged_is_made_again(evaluation, tune, tmp
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
+def test_what_fails_before_the_first_iteration_saves_nothing(tune, tmp_path, monkeypatch):
+    """A state without an iteration would only keep pretraining from going on."""
+
+    def full(run):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(ppo.PPO, "evaluate", full)
+    with pytest.raises(SystemExit, match=f"stopped after iteration {PRETRAINED}"):
+        tune("out", "--ppo_iters=1")
+    assert not list((tmp_path / "out").glob("ppo_*"))
+
+
 def test_a_finished_pretraining_may_be_asked_for_again(tune, base, tmp_path):
     """As make demo does when called again: there is nothing to do, and PPO's reference stays as it is."""
     tune("out", "--ppo_iters=1")
