@@ -273,10 +273,10 @@ class KVCache:
             1, 2
         )
 
-    def joined(self, *layers: nn.Linear) -> torch.Tensor:
-        """join_weights, kept for as long as the cache lives: during generation the weights don't change."""
+    def fused(self, *layers: nn.Linear) -> torch.Tensor:
+        """fuse_weights, kept for as long as the cache lives: during generation the weights don't change."""
         if layers not in self.weights:
-            self.weights[layers] = join_weights(*layers)
+            self.weights[layers] = fuse_weights(*layers)
         return self.weights[layers]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -284,22 +284,22 @@ class KVCache:
         self.k, self.v, self.start = self.k[:, rows], self.v[:, rows], self.start[rows]
 
 
-def join_weights(*layers: nn.Linear) -> torch.Tensor:
+def fuse_weights(*layers: nn.Linear) -> torch.Tensor:
     """Stack the weights of layers with the same input: one wide product beats several narrow ones."""
     return torch.cat([layer.weight for layer in layers])
 
 
-def project(x: torch.Tensor, layers: tuple[nn.Linear, ...], joined: bool, cache: KVCache | None):
-    """All layers' outputs side by side. joined: by one product, whose weights training keeps a copy of."""
-    if cache is None and not joined:
+def project(x: torch.Tensor, layers: tuple[nn.Linear, ...], fused: bool, cache: KVCache | None):
+    """All layers' outputs side by side. fused: by one product, whose weights training keeps a copy of."""
+    if cache is None and not fused:
         return torch.cat([layer(x) for layer in layers], -1)
-    return F.linear(x, cache.joined(*layers) if cache else join_weights(*layers))
+    return F.linear(x, cache.fused(*layers) if cache else fuse_weights(*layers))
 
 
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    joined = True  # False where copies of weights are too much, in models that are split over ranks
+    fused = True  # False where copies of weights are too much, in models that are split over ranks
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -312,7 +312,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache: KVCache | None = None, layer: int = 0, mask=None) -> torch.Tensor:
         B, T, C = x.shape
         H, K, D = self.heads
-        qkv = project(x, (self.wq, self.wk, self.wv), self.joined, cache).view(B, T, H + 2 * K, D)
+        qkv = project(x, (self.wq, self.wk, self.wv), self.fused, cache).view(B, T, H + 2 * K, D)
         q, k = apply_rope(qkv[:, :, : H + K], cos, sin).split([H, K], dim=2)
         v = qkv[:, :, H + K :]
         if cache is None:
@@ -325,7 +325,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
 
-    joined = True  # as in Attention
+    fused = True  # as in Attention
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -334,7 +334,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        gate, up = project(x, (self.w1, self.w3), self.joined, cache).chunk(2, dim=-1)
+        gate, up = project(x, (self.w1, self.w3), self.fused, cache).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
 
 

@@ -568,7 +568,7 @@ def ppo_loss(
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip_high)), ratio
 
 
-def adapt(beta: float, kl: float, cfg: PPOConfig, episodes: int) -> float:
+def adapt_beta(beta: float, kl: float, cfg: PPOConfig, episodes: int) -> float:
     """beta after so many episodes with this mean KL (Ziegler et al. 2019, sec. 2.2)."""
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
     return beta * (1 + error * min(episodes / cfg.kl_horizon, 1))  # a huge rollout must not turn its sign
@@ -671,7 +671,7 @@ class PPO:
         # no dropout: the probability ratio would not be 1 at the start
         empty = runtime.fsdp and runtime.rank > 0  # there, rank 0's weights arrive in parts
         self.reference = model_from_checkpoint(checkpoint, path, empty, dropout=0.0)
-        self.reference_hash = runtime.of_first(None if empty else fingerprint(self.reference))
+        self.reference_hash = runtime.broadcast(None if empty else fingerprint(self.reference))
         if runtime.fsdp:
             self.policy, self.reference = runtime.split(self.reference), runtime.split(self.reference)
         else:
@@ -954,7 +954,7 @@ class PPO:
             advantages = ppo.others * advantages
         return advantages, scale
 
-    def improve(self, batch: dict, advantages: torch.Tensor, scale: torch.Tensor) -> dict[str, float]:
+    def update_policy(self, batch: dict, advantages: torch.Tensor, scale: torch.Tensor) -> dict[str, float]:
         """The policy's passes over the rollout, each minibatch one step; returns statistics."""
         ppo, cfg = self.ppo, self.cfg
         params = self.trained + (list(self.critic.parameters()) if self.shared else [])
@@ -1061,7 +1061,7 @@ class PPO:
         batch = self.collect(prompts, u, until)
         if not self.shared:  # the largest tensor, and of no more use
             del batch["features"]
-        values = self.describe(batch) | {"ppo/beta": self.beta, "lr": self.learning_rate()}
+        values = self.rollout_metrics(batch) | {"ppo/beta": self.beta, "lr": self.learning_rate()}
         advantages, scale = self.advantages(batch)
         if self.critic is not None:
             on, returns = batch["on"], batch["returns"]
@@ -1074,9 +1074,12 @@ class PPO:
             self.fit_critic(ppo.critic_warmup_epochs if warmup else ppo.critic_epochs)
         values["ppo/advantage_deviation"] = float(scale)
         with self.runtime.gathered(self.reference, layers=False):
-            values |= self.summary([], stopped=False) if warmup else self.improve(batch, advantages, scale)
+            if warmup:
+                values |= self.summary([], stopped=False)
+            else:
+                values |= self.update_policy(batch, advantages, scale)
         if ppo.adaptive_kl and not warmup:
-            self.beta = adapt(self.beta, values["ppo/kl"], ppo, self.size)
+            self.beta = adapt_beta(self.beta, values["ppo/kl"], ppo, self.size)
         self.iter_num, self.episodes, self.evaluated = self.iter_num + 1, self.episodes + self.size, False
         seconds = time.perf_counter() - began
         self.seconds += seconds
@@ -1090,7 +1093,7 @@ class PPO:
         }
         return values | {"ppo/tok/s": tokens / seconds, "ppo/rollout_tok/s": tokens / float(batch["seconds"])}
 
-    def describe(self, batch: dict) -> dict[str, float]:
+    def rollout_metrics(self, batch: dict) -> dict[str, float]:
         """What a rollout's stories are like: reward and its parts, KL, J, lengths, entropy."""
         total, length = batch["scores"].sum(1), batch["story_end"].float()
         left = length[:, None] - 2 - torch.arange(batch["mask"].shape[1], device=length.device)
@@ -1131,7 +1134,7 @@ class PPO:
             part = self.collect(prompts[i : i + rows], u[i : i + rows])
             parts.append({k: x for k, x in part.items() if k not in ("features", "reference", "seconds")})
         batch = join(parts)
-        values = self.describe(batch)
+        values = self.rollout_metrics(batch)
         stories = [
             row[first:last]
             for row, first, last in zip(
@@ -1337,7 +1340,7 @@ def verdict(run: PPO, values: dict[str, float], best: bool) -> str:
 
 
 @contextmanager
-def kept(run: PPO, write_model: Callable[[str, ModelArgs, dict], None]) -> Iterator[None]:
+def saved_if_reward_fails(run: PPO, write_model: Callable[[str, ModelArgs, dict], None]) -> Iterator[None]:
     """If a reward fails in here, nothing of what was learned before is lost."""
     moments = copy.copy(run.moments)
     try:
@@ -1364,7 +1367,7 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
         done = run.iter_num >= run.last
         due = (run.iter_num - run.first) % cfg.eval_interval == 0 or done or cfg.eval_only
         if due and (not run.evaluated or cfg.eval_only):
-            with kept(run, write_model):
+            with saved_if_reward_fails(run, write_model):
                 values = run.evaluate()
             held_out = values["ppo/eval/reward"], values["ppo/eval/kl"]
             best = run.iter_num > run.first and run.is_best(*held_out)
@@ -1379,7 +1382,7 @@ def train_ppo(run: PPO, metrics, interrupt, write_model: Callable[[str, ModelArg
         (asked,) = runtime.total(interrupt.asked)
         if done or asked or cfg.eval_only:
             break
-        with kept(run, write_model):
+        with saved_if_reward_fails(run, write_model):
             values = run.iteration()
         if metrics:
             metrics.log(run.iter_num, values)

@@ -397,6 +397,7 @@ typedef struct {             // whether all threads or one decode a model's toke
     bool alone;              // the way that is faster, so far
     double usual_time;       // seconds that a token takes this way,
     double trial_time;       // and took the other way in a trial
+    double lost;             // seconds that a trial took more than the usual way would have
     long tokens, trial;      // decoded so far; when to try the other way
     int pause;               // tokens from one trial to the next
     double hopeless;         // a trial ends when a token but its first takes so many times as long
@@ -533,14 +534,16 @@ static void note_time(Pace *p, double seconds) {
     }
     const bool hopeless = seconds > (into == 0 ? 4 : p->hopeless) * p->usual_time;
     if (into > 0) p->trial_time += seconds / (TRIAL - 1);  // the first token wakes the threads
+    p->lost += seconds - p->usual_time;
     if (into + 1 < TRIAL && !hopeless) return;
-    p->pause = imin(2 * p->pause, LONGEST_PAUSE);
+    // trials lose a small part of the time: threads that sleep take as long to wake as many tokens of a small model
+    p->pause = (int)fmin(fmax(2 * p->pause, 32 * p->lost / p->usual_time), LONGEST_PAUSE);
     if (p->trial_time < p->usual_time && !hopeless) {
         p->alone = !p->alone;
         p->usual_time = p->trial_time;
         p->pause = SHORTEST_PAUSE;
     }
-    p->trial_time = 0;
+    p->trial_time = p->lost = 0;
     p->trial = p->tokens + p->pause;
 }
 

@@ -254,7 +254,7 @@ def is_rest(reply, part: str, have: int, seen: dict, flag: str) -> bool:
     raise SystemExit(f"cannot download {reply.url}: {why}; check {flag}=URL")
 
 
-class Measured:
+class LimitedReader:
     """A file to read, of which tarfile may take no more at once than it has reason to.
 
     It keeps long names and the like in memory, however long they claim to be.
@@ -290,7 +290,7 @@ def take_shards(archive: str, folder: str) -> None:
     size, room = os.path.getsize(archive), shutil.disk_usage(folder).free
     limit = 100 * size + HEADERS
     with open(archive, "rb") as raw, gzip.open(raw) as unzipped, progress_bar("unpacking", size) as bar:
-        plain = Measured(unzipped)
+        plain = LimitedReader(unzipped)
         tar = tarfile.open(fileobj=plain, mode="r|")
         for member in tar:
             if member.issparse():  # a few bytes that would become as many as it likes
@@ -985,9 +985,9 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
         model = tokenizer_path(data_dir, vocab_size)
         for_run = os.path.splitext(model)[0] + ".bin"
         if os.path.isfile(model):
-            keep_another(model, proto)
+            back_up(model, proto)
         elif os.path.isfile(for_run):  # of a model of others, and nothing to make it of again
-            keep_another(for_run, b"")
+            back_up(for_run, b"")
         with atomic_write(model) as f:
             f.write(proto)
         Tokenizer(model).export(for_run)
@@ -995,7 +995,7 @@ def train_vocab(data_dir: str, vocab_size: int, num_shards: int) -> None:
           + command("pretokenize", data_dir, vocab_size))
 
 
-def keep_another(path: str, content: bytes) -> None:
+def back_up(path: str, content: bytes) -> None:
     """A copy of the file beside itself, under the name of its sum, unless it holds `content`."""
     with open(path, "rb") as f:
         old = f.read()

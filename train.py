@@ -367,7 +367,7 @@ class Runtime:
         dist.all_gather_object(sums, stats.cpu())
         return sum(sums)
 
-    def of_first(self, value):
+    def broadcast(self, value):
         """Rank 0's value, on all ranks."""
         if self.alone:
             return value
@@ -400,7 +400,7 @@ class Runtime:
         precision = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(self.kind, (self.world_size,))
         for layer in model.layers:
-            layer.attention.joined = layer.feed_forward.joined = False  # else copies of weights add up
+            layer.attention.fused = layer.feed_forward.fused = False  # else copies of weights add up
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(model, mesh=mesh, mp_policy=precision)
         model.to_empty(device=self.device)
@@ -569,7 +569,7 @@ def compiler(kind: str) -> str | None:
     return os.environ.get("CXX") or shutil.which(usual)
 
 
-def meet(backend: str) -> None:
+def start_process_group(backend: str) -> None:
     """Join the other processes. Raises SystemExit if there is no meeting them."""
     try:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -612,7 +612,7 @@ def set_up(cfg: TrainConfig, ppo: bool = False) -> Runtime:
     if world_size > 1 or cfg.fsdp:
         if kind == "cuda":
             torch.cuda.set_device(device)
-        meet("nccl" if kind == "cuda" else "gloo")
+        start_process_group("nccl" if kind == "cuda" else "gloo")
     dtype = cfg.dtype
     if dtype == "auto" and kind == "cuda":  # cards before Ampere know no bfloat16
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -694,12 +694,14 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
             torch.manual_seed(cfg.seed)
             with torch.device("meta" if cfg.fsdp and int(os.environ.get("RANK", 0)) else "cpu"):
                 return cfg, Transformer(args), "", {}
-        return go_on(cfg, model_given, given)
+        return configure_from_checkpoint(cfg, model_given, given)
     except ValueError as e:
         raise SystemExit(f"{e}; see: python train.py --help") from None
 
 
-def go_on(cfg: TrainConfig, model_given: dict, given: dict) -> tuple[TrainConfig, Transformer, str, dict]:
+def configure_from_checkpoint(
+    cfg: TrainConfig, model_given: dict, given: dict
+) -> tuple[TrainConfig, Transformer, str, dict]:
     """configure() from a checkpoint: the one in out_dir or, to fine-tune it, of a path."""
     rank, resume = int(os.environ.get("RANK", 0)), cfg.init_from == "resume"
     if resume:
@@ -1260,7 +1262,7 @@ def pretrain(run: Pretraining, metrics: Metrics | None, tokenizer) -> None:
 
 
 @contextmanager
-def rescued(run, save: Callable[[], None]) -> Iterator[None]:
+def saved_on_failure(run, save: Callable[[], None]) -> Iterator[None]:
     """A run that cannot report, as the disk is full or nobody reads on, saves what it has, and ends.
 
     Of several processes only the first knows of it: they end without.
@@ -1440,7 +1442,7 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
         if runtime.rank == 0:
             warn_of_noise(loss, args.vocab_size, path, folder)
     metrics = None if runtime.rank else open_metrics(cfg, run.iter_num, ppo=True, fresh=state is None)
-    with rescued(run, lambda: run.save(write_model, best=False)):
+    with saved_on_failure(run, lambda: run.save(write_model, best=False)):
         if metrics:
             print(f"reference: {path}, iteration {checkpoint.get('iter_num', 0)}")
             print(f"policy: {state_path}, iteration {state['iter_num']}" if state else "policy: a copy of it")
@@ -1458,7 +1460,7 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
         if metrics and run.iter_num >= run.last and not cfg.eval_only:
             told = run_command(cfg, args, "ppo_model.bin")
             print(f"next: {told} -t 1 -p 1\n  and: python ppo.py report {shlex.quote(cfg.out_dir)}")
-    leave_together(runtime)
+    end_process_group(runtime)
 
 
 def write_model(path: str, args: ModelArgs, weights: dict[str, torch.Tensor]) -> None:
@@ -1474,7 +1476,7 @@ def open_metrics(cfg: TrainConfig, iter_num: int, **how) -> Metrics:
         raise SystemExit(f"cannot write to {cfg.out_dir}: {e.strerror}; choose another --out_dir") from None
 
 
-def leave_together(runtime: Runtime) -> None:
+def end_process_group(runtime: Runtime) -> None:
     """A process group that outlives its threads aborts the process at its end."""
     if not runtime.alone:
         gc.collect()
@@ -1497,7 +1499,7 @@ def claim(out_dir: str, make: bool = False) -> IO | None:
 def agree_on(runtime: Runtime, path: str, checkpoint: dict, out_dir: str) -> None:
     """SystemExit, on all ranks, if they have not read the same state."""
     mine = os.path.basename(path), checkpoint.get("iter_num", 0)
-    if any(runtime.total(mine != runtime.of_first(mine))):
+    if any(runtime.total(mine != runtime.broadcast(mine))):
         raise SystemExit(
             f"the processes see different states in {out_dir}; it must lie on a file system that all of them "
             "share: choose another --out_dir"
@@ -1534,7 +1536,7 @@ def main(argv: list[str] | None = None) -> None:
                 tokenizer = find_tokenizer(about, os.path.join(cfg.out_dir, "ckpt.pt"))
         except SystemExit as e:
             print(f"no sample stories: {e}", file=sys.stderr)
-    with rescued(run, lambda: run.save(best=False)):
+    with saved_on_failure(run, lambda: run.save(best=False)):
         if metrics:
             tokens = cfg.gradient_accumulation_steps * cfg.batch_size * model.args.max_seq_len
             compiled = ", compiled (the first steps take a minute)" * runtime.compile
@@ -1549,7 +1551,7 @@ def main(argv: list[str] | None = None) -> None:
                 print("this model is new; to evaluate a trained one: --init_from=resume", file=sys.stderr)
         pretrain(run, metrics, tokenizer)
     run.train_model = None  # nothing of DDP may be left either
-    leave_together(runtime)
+    end_process_group(runtime)
 
 
 if __name__ == "__main__":

@@ -499,10 +499,10 @@ def test_padding_changes_nothing():
         batch["tokens"] = torch.where(beyond, ids, batch["tokens"])
         batch["reference"] = run.over_parts(batch, lambda ids, run=run: run.reference.features(ids))
         batch |= run.compare(batch)
-        described = run.describe(batch)
+        described = run.rollout_metrics(batch)
         advantages, scale = run.advantages(batch)
         run.fit_critic(1)
-        run.improve(batch, advantages, scale)
+        run.update_policy(batch, advantages, scale)
         assert not advantages[:, T - 1 :].any()
         outcomes.append([advantages[:, : T - 1], described, weights(run.policy), weights(run.critic)])
     for outcome in outcomes[1:3]:
@@ -695,9 +695,9 @@ def test_adaptive_beta_moves_both_ways():
     """Ziegler et al. 2019: beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)."""
     cfg = PPOConfig(kl_target=6.0, kl_horizon=10000)
     for kl, error in [(60.0, 0.2), (6.6, 0.1), (6.0, 0.0), (5.4, -0.1), (0.0, -0.2), (-1.0, -0.2)]:
-        assert ppo.adapt(0.3, kl, cfg, 400) == pytest.approx(0.3 * (1 + error * 400 / 10000), abs=1e-12)
+        assert ppo.adapt_beta(0.3, kl, cfg, 400) == pytest.approx(0.3 * (1 + error * 400 / 10000), abs=1e-12)
     # never below 0, however large the rollout
-    assert ppo.adapt(0.2, 1.0, PPOConfig(kl_target=6.0, kl_horizon=50), 400) == pytest.approx(0.2 * 0.8)
+    assert ppo.adapt_beta(0.2, 1.0, PPOConfig(kl_target=6.0, kl_horizon=50), 400) == pytest.approx(0.2 * 0.8)
     run = make_run(adaptive_kl=True, kl_target=5.0, kl_horizon=100)
     run.iteration()  # the policy is still the reference: KL 0
     assert run.beta == pytest.approx(0.1 * (1 - 0.2 * 16 / 100), abs=1e-9)
@@ -1071,7 +1071,7 @@ def gradients(run: PPO, batch: dict) -> list[dict]:
     run.optimizer.step = step
     batch = batch | {"on": batch["reach"], "unit": torch.ones(len(batch["reach"]), 1)}
     g = torch.Generator().manual_seed(5)
-    run.improve(batch, torch.randn(batch["mask"].shape, generator=g), torch.tensor(1.0))
+    run.update_policy(batch, torch.randn(batch["mask"].shape, generator=g), torch.tensor(1.0))
     return seen
 
 
@@ -1168,7 +1168,7 @@ def test_a_step_beyond_target_kl_is_not_made():
     advantages, scale = run.advantages(batch)
     nudge(run.policy, 0.1)
     before = weights(run.policy)
-    summary = run.improve(batch, advantages, scale)
+    summary = run.update_policy(batch, advantages, scale)
     assert summary["ppo/steps"] == 0 and summary["ppo/stopped_early"] == 1
     assert same(weights(run.policy), before) and not run.optimizer.state
 
@@ -1347,7 +1347,7 @@ def test_of_paths_their_stories_are_described():
     stories, starts = batch_stories(batch), batch["start"].tolist()
     past = (batch["story_end"] < batch["end"]).float().mean()
     assert 0.3 < past and batch["reach"].max() == 1 and not batch["story_ended"].all()
-    told = {name.removeprefix("ppo/"): value for name, value in run.describe(batch).items()}
+    told = {name.removeprefix("ppo/"): value for name, value in run.rollout_metrics(batch).items()}
     expected = by_hand(run, stories, starts)
     for name in told:
         assert told[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-5), name
@@ -2173,7 +2173,7 @@ def test_j_is_at_the_beta_of_now():
     run = make_run()
     nudge(run.policy, 0.1)
     run.beta, batch = 0.7, collect(run)
-    told = run.describe(batch)
+    told = run.rollout_metrics(batch)
     assert told["ppo/J"] == pytest.approx(told["ppo/reward"] - 0.7 * told["ppo/kl"], abs=1e-6)
 
 
@@ -2274,7 +2274,7 @@ def test_minibatches_are_others_in_every_iteration():
     batch = collect(run)
     advantages, scale = run.advantages(batch)
     for run.iter_num in (0, 1):
-        run.improve(batch, advantages, scale)
+        run.update_policy(batch, advantages, scale)
     assert len(seen) == 4 and sorted(seen[0] + seen[1]) == list(range(16)) and seen[:2] != seen[2:]
 
 

@@ -271,7 +271,7 @@ def test_restarts_go_on_with_their_own_run_only(data_dir, tmp_path, monkeypatch)
 
 def test_ranks_that_see_different_states_stop(monkeypatch):
     runtime = train.Runtime("cpu", torch.float32, False, rank=1, world_size=2)
-    monkeypatch.setattr(train.Runtime, "of_first", lambda self, value: ("last.pt", 8))
+    monkeypatch.setattr(train.Runtime, "broadcast", lambda self, value: ("last.pt", 8))
     monkeypatch.setattr(train.Runtime, "total", lambda self, *values: list(map(float, values)))
     train.agree_on(runtime, "out/last.pt", {"iter_num": 8}, "out")
     for path, state in (("", {}), ("out/last.pt", {"iter_num": 4})):
