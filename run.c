@@ -3024,7 +3024,7 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
         const size_t at = (size_t)row * x->groups + g;
         I dots[4][8][4];
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) UNROLL for (int k = 0; k < S; k++) {
-            dots[r][c][k] = V(seti)(k || bits == 4 ? 0 : x->bias[at + (size_t)c * x->groups]);
+            dots[r][c][k] = V(seti)(k || bits == 4 || !V(WEIGHT_XOR) ? 0 : x->bias[at + (size_t)c * x->groups]);
         }
         const size_t step = bits == 4 ? 2 : 1;  // units in a vector
         for (size_t u = 0; u < vectors; u += (size_t)S) {
