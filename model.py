@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -44,9 +45,14 @@ def opt(default, text: str, **extra):
 
 
 def check_numbers(config, **least: float) -> None:
-    """ValueError for a number in a dataclass that is not finite, or below its least (0 where not named)."""
+    """ValueError for a number in a dataclass that is not finite, or below its least (0 where not named).
+
+    TypeError for another thing in place of a named number, as anyone's checkpoint may hold it.
+    """
     for f in fields(config):
         value, low = getattr(config, f.name), least.get(f.name, 0)
+        if f.name in least and not isinstance(value, int | float | None):
+            raise TypeError(f"{f.name}={value!r:.50} is no number")
         if isinstance(value, int | float) and not low <= value < math.inf:
             raise ValueError(f"{f.name}={value} must be at least {low}")
 
@@ -556,7 +562,8 @@ def no_checkpoint(path: Path) -> str:
     how = {"ckpt.pt": "", "last.pt": "", "ppo_ckpt.pt": " --init_from=resume --ppo"}.get(path.name)
     if how is None:
         return f"no checkpoint at {path}; check the name, or make out/ckpt.pt: python train.py"
-    return f"no checkpoint at {path}; to make one, run: python train.py --out_dir={path.parent}{how}"
+    folder = shlex.quote(str(path.parent))
+    return f"no checkpoint at {path}; to make one, run: python train.py --out_dir={folder}{how}"
 
 
 def fault(e: Exception) -> str:
@@ -598,7 +605,7 @@ def load_checkpoint(path: str | os.PathLike, lazily: bool = False, check: bool =
     if not begins_checkpoint(start):
         raise SystemExit(
             f"{path} is no checkpoint; if it is a model for run.c, convert it: "
-            f"python export.py ckpt.pt --checkpoint={path}"
+            f"python export.py ckpt.pt --checkpoint={shlex.quote(str(path))}"
         )
     try:
         zipped = zipfile.is_zipfile(path)

@@ -1407,11 +1407,12 @@ def read_metrics(path: str) -> tuple[list[dict], list[dict]]:
     """PPO's lines of a metrics.jsonl: iterations, and held-out evaluations."""
     folder = os.path.dirname(path)
     if os.path.isfile(folder):
-        raise SystemExit(f"{folder} is a file; run: python ppo.py report {os.path.dirname(folder) or '.'}")
+        above = shlex.quote(os.path.dirname(folder) or ".")
+        raise SystemExit(f"{folder} is a file; run: python ppo.py report {above}")
     if not os.path.isfile(path):
         raise SystemExit(
             f"no {path}; to make one, run: python train.py --init_from=resume --ppo "
-            f"--out_dir={os.path.dirname(path) or '.'}"
+            f"--out_dir={shlex.quote(os.path.dirname(path) or '.')}"
         )
     lines = []
     with open(path, encoding="utf-8", errors="replace") as f:

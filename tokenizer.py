@@ -214,7 +214,7 @@ class Tokenizer:
 
     def put_back(self, sha256: str) -> str:
         """What to type to have the tokenizer of that sum in this one's place, if train_vocab kept it."""
-        kept = kept_path(self.model_path, sha256)
+        kept = kept_path(self.model_path, str(sha256))  # whatever a damaged checkpoint says
         if not os.path.exists(kept):
             return "put that one back"
         model, kept, mine = map(shlex.quote, (self.model_path, kept, kept_path(self.model_path, self.sha256)))
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         path = tokenizer.export(args.output)
     except OSError as e:
         raise SystemExit(f"cannot write {e.filename}: {e.strerror}; say where else: --output=FILE") from None
-    print(f"wrote {path}: {tokenizer.vocab_size} pieces; use it: ./run out/model.bin -z {path}")
+    print(f"wrote {path}: {tokenizer.vocab_size} pieces; use it: ./run out/model.bin -z {shlex.quote(path)}")
 
 
 if __name__ == "__main__":

@@ -731,7 +731,7 @@ def configure_from_checkpoint(
     if more and (ppo := state_paths(cfg.out_dir, "ppo_ckpt")):  # which compares with ckpt.pt
         raise SystemExit(
             f"{ppo[0]} is of PPO on {cfg.out_dir}/ckpt.pt, which has to stay as it is; to go on with that, "
-            f"add --ppo; to train, --init_from={cfg.out_dir}/ckpt.pt --out_dir=ANOTHER"
+            f"add --ppo; to train, --init_from={shlex.quote(cfg.out_dir)}/ckpt.pt --out_dir=ANOTHER"
         )
     return cfg, model, path, checkpoint
 
@@ -1276,7 +1276,7 @@ def saved_on_failure(run, save: Callable[[], None]) -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if run.runtime.alone and not run.cfg.eval_only and run.iter_num > max(run.saved, 0):
             save()
-        saved = f"saved up to {run.saved}" if run.saved > 0 else "nothing was saved"
+        saved = f"saved up to {run.saved}" if run.saved > 0 else "nothing more was saved"
         raise SystemExit(
             f"cannot report on the run any more ({e.strerror or e}); stopped after iteration {run.iter_num}, "
             f"{saved}; repair that, then give the same command with --init_from=resume"

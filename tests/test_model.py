@@ -491,6 +491,17 @@ def test_a_tokenizer_that_lacks_ids_is_refused(tmp_path, data_dir):
         M.main(["--checkpoint", str(path), f"--tokenizer={data_dir}/tok{VOCAB}.model"])
 
 
+@pytest.mark.parametrize("sha256", [5, None, "", "0" * 64])
+def test_whatever_a_checkpoint_says_of_its_tokenizer(tmp_path, data_dir, capsys, sha256):
+    from conftest import VOCAB
+
+    path = tmp_path / "ckpt.pt"
+    config = {"vocab_source": "custom", "data_dir": data_dir, "tokenizer_sha256": sha256}
+    M.save_checkpoint(path, checkpoint_of(make(vocab_size=VOCAB), config=config))
+    M.main(["--checkpoint", str(path), "--max_new_tokens=2"])
+    assert "is not the tokenizer this model was trained with; put that one back" in capsys.readouterr().err
+
+
 def test_a_start_may_have_a_byte_order_mark(tmp_path):
     (tmp_path / "start.txt").write_text("\ufeffOnce", encoding="utf-8")
     assert M.read_start(f"FILE:{tmp_path}/start.txt") == "Once"
