@@ -69,7 +69,7 @@ enum { BAND = 64 };                   // bytes of a vector: for each row of a ba
 enum { GROUP4 = 32 };                 // 4-bit values that share a scale
 enum { SMALL_MODEL = 32 << 20 };      // bytes of a file that a cache may hold: there reading is not what takes time
 enum { LARGE_CACHE = 128 << 20 };     // bytes of keys and values that one text had better not take all at once
-enum { PACK_ROWS = 64 };                   // rows of input from which on fp32 weights are worth reordering
+enum { PACK_ROWS = 64 };              // rows of input from which on fp32 weights are worth reordering
 
 // ---------------------------------------------------------------------------------------------------------
 // Structs
@@ -537,7 +537,7 @@ static void note_time(Pace *p, double seconds) {
     p->lost += seconds - p->usual_time;
     if (into + 1 < TRIAL && !hopeless) return;
     // trials lose a small part of the time: threads that sleep take as long to wake as many tokens of a small model
-    p->pause = (int)fmin(fmax(2 * p->pause, 32 * p->lost / p->usual_time), LONGEST_PAUSE);
+    p->pause = (int)fmin(fmax(2 * p->pause, fmin(32 * p->lost / p->usual_time, 8 * p->pause)), LONGEST_PAUSE);
     if (p->trial_time < p->usual_time && !hopeless) {
         p->alone = !p->alone;
         p->usual_time = p->trial_time;
@@ -1631,7 +1631,7 @@ enum { DRAFT_GROUP = 32 };           // values that share a scale
 enum { SHORT_STORY = 32 };           // tokens to come for which the copy is not worth its making
 
 typedef struct {
-    int max_tokens;                   // tokens ahead, at most; 0: off, -1: as many as pay
+    int max_tokens;                  // tokens ahead, at most; 0: off, -1: as many as pay
     Model model;                     // the same with coarser matrices, once it is made
     double acceptance_rate;          // share of the guesses that were right, lately; of so many seen,
     long seen;                       // the first of which count for more
@@ -2154,7 +2154,7 @@ static int sample(const Sampler *s, float *logits, uint64_t *rng, Candidate *can
 // ---------------------------------------------------------------------------------------------------------
 // Generate and chat
 
-enum { MAX_STORIES = 32 };      // stories: more gain nothing
+enum { MAX_STORIES = 32 };  // at once: more gain nothing
 
 typedef struct {            // a text in the making
     KVCache cache;
