@@ -54,7 +54,8 @@ def check_numbers(config, **least: float) -> None:
         if f.name in least and not isinstance(value, int | float | None):
             raise TypeError(f"{f.name}={value!r:.50} is no number")
         if isinstance(value, int | float) and not low <= value < math.inf:
-            raise ValueError(f"{f.name}={value} must be at least {low}")
+            finite = "" if math.isfinite(value) else " and finite"
+            raise ValueError(f"{f.name}={value} must be at least {low}{finite}")
 
 
 MAX_SEQ_LEN = 2**24

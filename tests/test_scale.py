@@ -115,7 +115,7 @@ def test_a_run_goes_from_one_process_to_parts_on_two_and_four_and_back(data_dir,
     there = [*FLAGS, f"--data_dir={data_dir}", f"--out_dir={other}"]
     run(0, [*there, "--max_iters=2"])
     run(2, [*there, "--max_iters=4", "--fsdp", "--keep=2"])
-    assert [path.name for path in map(Path, numbered(str(other), "last"))] == [
+    assert [Path(path).name for _, path in numbered(str(other), "last")] == [
         "last-00000002.pt",
         "last-00000004.dcp",
     ]
@@ -215,7 +215,7 @@ def test_a_state_in_parts_is_replaced_by_its_like_at_once(tmp_path, monkeypatch)
             model.save_sharded(path, {"model/w": torch.ones(2)}, rest)
     finally:
         torch.distributed.destroy_process_group()
-    (newest,) = numbered(str(tmp_path), "last")
+    ((_, newest),) = numbered(str(tmp_path), "last")
     assert load_checkpoint(newest)["model"]["w"].tolist() == [1, 1]
 
 
@@ -291,7 +291,8 @@ def test_a_damaged_state_in_parts_is_replaced_and_whole_ones_are_kept(parts, dat
     newest.write_bytes(data)
     out = run(2, [*flags, "--max_iters=4"])
     assert "passed over" in out and "from " in out and "last-00000002.dcp, iteration 2" in out
-    assert [load_checkpoint(path)["iter_num"] for path in numbered(str(out_dir), "last")] == [2, 4]
+    states = numbered(str(out_dir), "last")
+    assert [(i, load_checkpoint(path)["iter_num"]) for i, path in states] == [(2, 2), (4, 4)]
     assert not list(out_dir.glob("*.tmp"))
 
 

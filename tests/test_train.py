@@ -478,7 +478,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(fit, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
     checkpoint["config"]["tokenizer_sha256"] = "0" * 64
     torch.save(checkpoint, tmp_path / "other.pt")
-    with pytest.raises(SystemExit, match="another tokenizer"):
+    with pytest.raises(SystemExit, match="is not the tokenizer that the checkpoint was trained with"):
         fit("new", f"--init_from={tmp_path / 'other.pt'}")
 
 
