@@ -1514,11 +1514,11 @@ def read_meta(folder: str, vocab_size: int | None = None) -> dict:
 
 def whole_number(least: int, most: float = math.inf, why: str = "") -> Callable[[str], int]:
     """A parser of numbers from `least` to `most`; `why` explains the limits."""
-    limits = f"between {least} and {most}" if most < math.inf else f"above {least - 1}"
+    limits = f" between {least} and {most}" if most < math.inf else f" above {least - 1}" if least else ""
 
     def number(value: str) -> int:
         if not value.isdecimal() or not least <= int(value) <= most:
-            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number {limits}{why}")
+            raise argparse.ArgumentTypeError(f"{value!r} is not a whole number{limits}{why}")
         return int(value)
 
     return number

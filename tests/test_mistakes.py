@@ -149,6 +149,8 @@ TABLE = [
             HELP.format("tinystories.py synth")),
     Mistake("words for a number", f"{TINYSTORIES} synth --num_stories=many --data_dir=new",
             "'many' is not a whole", HELP.format("tinystories.py synth")),
+    Mistake("words for a vocabulary", f"{TINYSTORIES} pretokenize --vocab_size=small",
+            "'small' is not a whole number; see", HELP.format("tinystories.py pretokenize")),
     Mistake("one story for two splits", f"{TINYSTORIES} synth --num_stories=1 --data_dir=new",
             "'1' is not a whole number above 1",
             HELP.format("tinystories.py synth")),

@@ -491,6 +491,22 @@ def test_a_tokenizer_that_lacks_ids_is_refused(tmp_path, data_dir):
         M.main(["--checkpoint", str(path), f"--tokenizer={data_dir}/tok{VOCAB}.model"])
 
 
+def test_a_foreign_checkpoints_own_tokenizer_is_taken_before_ones_own(tmp_path, data_dir, monkeypatch):
+    """Where README has it put, while data/ holds another of as many pieces."""
+    from conftest import VOCAB
+
+    name = f"tok{VOCAB}.model"
+    for folder in ("data", "theirs/data"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(os.path.join(data_dir, name), tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    foreign = {"model_args": {"vocab_size": VOCAB}}
+    path = os.path.join("theirs", "data", name)
+    assert M.find_tokenizer(foreign, "theirs/ckpt.pt").model_path == path
+    os.remove(path)
+    assert M.find_tokenizer(foreign, "theirs/ckpt.pt").model_path == os.path.join("data", name)
+
+
 @pytest.mark.parametrize("sha256", [5, None, "", "0" * 64])
 def test_whatever_a_checkpoint_says_of_its_tokenizer(tmp_path, data_dir, capsys, sha256):
     from conftest import VOCAB
