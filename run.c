@@ -3008,14 +3008,31 @@ HELPER void V(tile_f32)(const int R, const int C, const Tensor *t, size_t first,
     }
 }
 
+// Adds to the k-th sums of a tile the products of a vector of each of R bands, `next` bytes apart, and C rows of x
+HELPER void V(add_products)(const int R, const int C, const int k, const int bits, const unsigned char *v, size_t next,
+                            size_t ahead, const int8_t *q, size_t x_bytes, I dots[4][8][4]) {
+    UNROLL for (int r = 0; r < R; r++, v += next) {
+        Q a = V(bytes)(v);
+        if (C > 1) PREFETCH_L2(v + ahead);  // the next band, while rows of x keep this one
+        UNROLL for (int c = 0; c < C; c++) {
+            I *dot = &dots[r][c][k];
+            const int8_t *p = q + (size_t)c * x_bytes;
+            if (bits == 8) *dot = V(dot8)(*dot, a, p);
+            else *dot = V(dot4)(V(dot4)(*dot, V(low)(a), p), V(high)(a), p + 4);
+        }
+    }
+}
+
 // Rows of R bands of int8 or 4-bit weights, `apart` bands apart, times C rows of x. The whole numbers of a group
 // are summed exactly, in S sums (more than one where there would be too few to keep the machine busy), then
-// scaled: the result is the same to the last bit for every instruction set.
-HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, const Tensor *w, size_t band,
-                        size_t apart, const Activation *x, int row, float *out, size_t ldo) {
-    const size_t units = w->units, vectors = bits == 4 ? GROUP4 / 8 : units;
-    const size_t scale_bytes = bits == 4 ? 2 : 4, x_bytes = x->groups * units * 4;
-    const unsigned char *values = w->values + band * w->groups * vectors * BAND;
+// scaled: the result is the same to the last bit for every instruction set. U is how many vectors a group has, or 0
+// where the compiler need not know.
+HELPER void V(tile_int)(const int R, const int C, const int S, const size_t U, const int bits, const Tensor *w,
+                        size_t band, size_t apart, const Activation *x, int row, float *out, size_t ldo) {
+    const size_t units = w->units, vectors = U ? U : bits == 4 ? GROUP4 / 8 : units;
+    const size_t scale_bytes = bits == 4 ? 2 : 4, x_bytes = x->groups * units * 4, step = bits == 4 ? 8 : 4;
+    const size_t band_bytes = w->groups * vectors * BAND, next = apart * band_bytes;
+    const unsigned char *values = w->values + band * band_bytes;
     const unsigned char *scales = w->scales + band * w->groups * LANES * scale_bytes;
     const int8_t *q = x->q + (size_t)row * x_bytes;
     F sums[4][8];
@@ -3026,21 +3043,12 @@ HELPER void V(tile_int)(const int R, const int C, const int S, const int bits, c
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) UNROLL for (int k = 0; k < S; k++) {
             dots[r][c][k] = V(seti)(k || bits == 4 || !V(WEIGHT_XOR) ? 0 : x->bias[at + (size_t)c * x->groups]);
         }
-        const size_t step = bits == 4 ? 2 : 1;  // units in a vector
-        for (size_t u = 0; u < vectors; u += (size_t)S) {
-            UNROLL for (int k = 0; k < S; k++) UNROLL for (int r = 0; r < R; r++) {
-                const size_t ahead = (size_t)r * apart * w->groups * vectors + u + (size_t)k;
-                const unsigned char *v = values + ahead * BAND;
-                Q a = V(bytes)(v);
-                const int8_t *p = q + (u + (size_t)k) * 4 * step;
-                if (C > 1) PREFETCH_L2(v + w->groups * vectors * BAND);  // the next band, while rows of x keep this one
-                UNROLL for (int c = 0; c < C; c++) {
-                    I *dot = &dots[r][c][k];
-                    const int8_t *pc = p + (size_t)c * x_bytes;
-                    if (bits == 8) *dot = V(dot8)(*dot, a, pc);
-                    else *dot = V(dot4)(V(dot4)(*dot, V(low)(a), pc), V(high)(a), pc + 4);
-                }
-            }
+        UNROLL for (size_t u = 0; u < U; u++) {
+            V(add_products)(R, C, 0, bits, values + u * BAND, next, band_bytes, q + u * step, x_bytes, dots);
+        }
+        for (size_t u = U; u < vectors; u += (size_t)S) UNROLL for (int k = 0; k < S; k++) {
+            const size_t v = u + (size_t)k;
+            V(add_products)(R, C, k, bits, values + v * BAND, next, band_bytes, q + v * step, x_bytes, dots);
         }
         UNROLL for (int r = 0; r < R; r++) {
             const unsigned char *p = scales + ((size_t)r * apart * w->groups + g) * LANES * scale_bytes;
@@ -3094,12 +3102,16 @@ KERNEL NOINLINE void V(six_rows)(const float *values, const Tensor *w, size_t ba
     V(tile_bands)(1, 6, values, w, band, 1, x, row, out, ldo);
 }
 
-KERNEL NOINLINE void V(int8_rows)(const Tensor *w, size_t band, const Activation *x, int row, float *out, size_t ldo) {
-    V(tile_int)(1, TILE, 1, 8, w, band, 1, x, row, out, ldo);
+KERNEL NOINLINE void V(int8_rows)(const Tensor *w, size_t band, const Activation *x, int row, int n, float *out,
+                                  size_t ldo) {
+    if (w->units == 8) for (; row < n; row += TILE) V(tile_int)(1, TILE, 1, 8, 8, w, band, 1, x, row, out, ldo);
+    if (w->units == 16) for (; row < n; row += TILE) V(tile_int)(1, TILE, 1, 16, 8, w, band, 1, x, row, out, ldo);
+    for (; row < n; row += TILE) V(tile_int)(1, TILE, 1, 0, 8, w, band, 1, x, row, out, ldo);
 }
 
-KERNEL NOINLINE void V(int4_rows)(const Tensor *w, size_t band, const Activation *x, int row, float *out, size_t ldo) {
-    V(tile_int)(1, TILE, 1, 4, w, band, 1, x, row, out, ldo);
+KERNEL NOINLINE void V(int4_rows)(const Tensor *w, size_t band, const Activation *x, int row, int n, float *out,
+                                  size_t ldo) {
+    for (; row < n; row += TILE) V(tile_int)(1, TILE, 1, GROUP4 / 8, 4, w, band, 1, x, row, out, ldo);
 }
 
 // fp32 weights by rows times many rows of x: they are turned into bands, two at a time, which pays.
@@ -3138,9 +3150,9 @@ HELPER void V(tile)(const int R, const int C, const Tensor *w, size_t band, size
                     int row, float *out, size_t ldo) {
     const float *f = (const float *)(const void *)w->values + band * (size_t)w->cols * LANES;
     if (w->bits == 32) V(tile_bands)(R, C, f, w, band, apart, x, row, out, ldo);
-    else if (w->bits == 4) V(tile_int)(R, C, R * C == 1 ? 4 : 1, 4, w, band, apart, x, row, out, ldo);
-    else if (R * C == 1 && w->units % 4 == 0) V(tile_int)(R, C, 4, 8, w, band, apart, x, row, out, ldo);
-    else V(tile_int)(R, C, 1, 8, w, band, apart, x, row, out, ldo);
+    else if (w->bits == 4) V(tile_int)(R, C, R * C == 1 ? 4 : 1, 0, 4, w, band, apart, x, row, out, ldo);
+    else if (R * C == 1 && w->units % 4 == 0) V(tile_int)(R, C, 4, 0, 8, w, band, apart, x, row, out, ldo);
+    else V(tile_int)(R, C, 1, 0, 8, w, band, apart, x, row, out, ldo);
 }
 
 // R bands, 4 or 1, times the rows of x from `row` to n, fewer than TILE
@@ -3186,11 +3198,11 @@ KERNEL void V(matmul)(const Tensor *w, const Activation *x, int n, float *out, s
             const float *values = (const float *)(const void *)w->values + i * (size_t)w->cols * LANES;
             V(six_rows)(values, w, i, x, b, out, ldo);
         }
-        for (; b + TILE <= n; b += TILE) {
-            if (w->bits == 8) V(int8_rows)(w, i, x, b, out, ldo);
-            else if (w->bits == 4) V(int4_rows)(w, i, x, b, out, ldo);
-            else V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
-        }
+        const int end = b + (n - b) / TILE * TILE;
+        if (w->bits == 8) V(int8_rows)(w, i, x, b, end, out, ldo);
+        else if (w->bits == 4) V(int4_rows)(w, i, x, b, end, out, ldo);
+        else for (; b < end; b += TILE) V(tile)(1, TILE, w, i, 1, x, b, out, ldo);
+        b = end;
     }
     if (b == n) return;
     for (size_t i = first; i < first + quarter; i++) V(tiles)(4, w, i, quarter, x, b, n, out, ldo);
