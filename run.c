@@ -2496,7 +2496,7 @@ static void answer(Session *s, Story *chat, const Tokens *t, Stats *stats) {
 }
 
 static void chat(Session *s, const Text *first_user, const char *first_system, uint64_t seed, Stats *stats) {
-    const int seq_len = s->model.config.seq_len;
+    const int seq_len = s->model.config.seq_len, vocab_size = s->model.config.vocab_size;
     Text system = {0}, user = {0}, turn = {0};
     Story story = {.cache = new_cache(&s->model, s->limit), .rng = seed};
     for (int turns = 0; ; turns++) {
@@ -2518,6 +2518,10 @@ static void chat(Session *s, const Text *first_user, const char *first_system, u
         if (!fits && turns == 0) {
             die(s->limit < seq_len ? "-n" : s->model.file.path, "the first prompt is %d tokens long, more than %d",
                 t.n, s->limit);
+        }
+        if (turns == 0 && !s->plain && vocab_size != 32000) {
+            warn("note", "questions are put as to Llama 2's chat models, of 32000 tokens; a model with %d may do better "
+                 "with --template plain, which lets it go on where you stop", vocab_size);
         }
         if (fits) answer(s, &story, &t, stats);
         free(t.ids);

@@ -654,6 +654,33 @@ def test_the_table_is_a_table():
     assert set(SET_UPS) == {mistake.needs for mistake in TABLE} - {""}
 
 
+def test_the_next_command_can_be_pasted_whatever_the_folders_are_called(run_program, tmp_path):
+    """From stories to PPO's model by what each stage names, typed into a shell as it stands."""
+    for script in ROOT.glob("*.py"):
+        (tmp_path / script.name).symlink_to(script)
+    (tmp_path / "run").symlink_to(run_program)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def typed(command: str) -> str:
+        r = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
+        found = re.search(r"(?:next|run): (.*?)(?: \(or smaller\))?$", r.stdout + r.stderr, re.MULTILINE)
+        assert found and "Traceback" not in r.stderr, (command, r.stdout, r.stderr)
+        return found[1]
+
+    small = ("--out_dir='an \"out\"' --dim=16 --n_layers=1 --n_heads=2 --max_seq_len=32 --batch_size=2 "
+             "--gradient_accumulation_steps=1 --eval_iters=1 --device=cpu")
+    command = "python tinystories.py synth --num_stories=300 --num_shards=3 --data_dir=\"it's & mine\""
+    for stage in ("synth", "train_vocab", "train_vocab", "pretokenize"):  # the first vocabulary is too large
+        assert f"tinystories.py {stage} " in command
+        command = typed(command)
+    train = f"{command} {small}"
+    assert typed(f"{train} --max_iters=2").startswith("./run 'an \"out\"/model.bin' -z ")
+    command = typed(f"{train} --init_from=resume --ppo --ppo_iters=1 --rollout_size=4 --target_len=16")
+    subprocess.run(f"{command} -n 5", shell=True, cwd=tmp_path, env=env, check=True)
+
+
 @pytest.mark.parametrize("script", ["tokenizer", "tinystories", "model", "ppo", "train", "export"])
 def test_help(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "9999")  # no wrapping
