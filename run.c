@@ -2852,7 +2852,7 @@ int main(int argc, char **argv) {
     s.limit = o.steps > 0 && o.steps < seq_len ? o.steps : seq_len;
     s.sampler = (Sampler){.n = vocab_size, .temperature = o.temperature, .topp = o.topp, .topk = o.topk,
                           .kernels = s.model.kernels};
-    s.candidates = allocate(vocab_size, 2 * (size_t)pool.size, sizeof(Candidate), "the sampler");
+    s.candidates = allocate_unset(vocab_size, 2 * (size_t)pool.size, sizeof(Candidate), "the sampler");
     const uint64_t seed = o.seed ? o.seed : (uint64_t)time(NULL);  // xorshift never leaves 0
     Stats stats = {.load = now() - start};
     Text prompt = read_prompt(&o);

@@ -835,6 +835,18 @@ def test_many_stories_in_little_memory(builds, tmp_path, tokenizer):
 
 
 @needs_linux
+def test_many_threads_in_little_memory(builds, tmp_path):
+    """What only some of them sample with is not touched for all: 512 KB each, of 32,000 tokens."""
+    s = Shape(dim=4, hidden_dim=4, n_layers=1, n_heads=1, n_kv_heads=1, vocab_size=32000)
+    model, tokenizer = tmp_path / "m.bin", tmp_path / "tok.bin"
+    model.write_bytes(model_bytes(s, random_weights(s)))
+    tokenizer.write_bytes(tokenizer_of(s.vocab_size))
+    args = builds.fast, model, "-z", tokenizer, "-n", 3, "--stats", "-j"
+    few, many = (json.loads(run(*args, n).stderr.splitlines()[-1])["memory_bytes"] for n in (1, 65))
+    assert many < few + 16e6
+
+
+@needs_linux
 def test_a_file_cut_short_while_it_is_read(builds, large_model, tokenizer):
     command = [str(a) for a in (builds.fast, large_model, "-z", tokenizer, "-j", 1, "-i", "-")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
