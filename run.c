@@ -2447,6 +2447,7 @@ static bool ask(const char *question, Text *line) {
     line->len = 0;
     text_append(line, "", 0);
     while ((c = getchar()) != EOF && c != '\n') text_append(line, &(char){(char)c}, 1);
+    if (ferror(stdin)) die("stdin", "cannot read: %s", strerror(errno));
     if (c == '\n' && line->len > 0 && line->data[line->len - 1] == '\r') line->len--;
     return c != EOF || line->len > 0;
 }

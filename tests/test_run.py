@@ -1362,6 +1362,17 @@ def test_chat_turns(builds, tmp_path, tokenizer):
     assert run_ok(*args, "-y", "s", "-i", "-", stdin=b"hi\n") == b"User: Assistant: ok\nUser: \n"
 
 
+def test_chat_that_cannot_read_its_input(builds, tmp_path, tokenizer):
+    """It is told, as of -i -, and not taken for the end."""
+    command = [str(a) for a in (builds.checked, chat_model(tmp_path), "-z", tokenizer, "-m", "chat")]
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        r = subprocess.run(command, stdin=folder, capture_output=True, env=ENV, timeout=60, check=False)
+    finally:
+        os.close(folder)
+    assert (r.returncode, r.stderr.count(b"\n")) == (1, 1) and b"run: stdin: cannot read" in r.stderr
+
+
 def test_chat_template_reaches_the_model(builds, tmp_path, tokenizer, sentencepieces):
     """The ids of a turn, seen through how many fit: a context of exactly that many tokens leaves no room."""
     turn = b"[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nhi [/INST]"
