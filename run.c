@@ -1968,7 +1968,8 @@ static void emit_symbol(Tokens *out, const Tokenizer *t, const unsigned char *s,
 
 // The prompt's ids, BOS first. The caller frees ids.
 static Tokens encode(const Tokenizer *t, const char *text, size_t n) {
-    if (n > (INT_MAX - 64) / 16) die("", "the prompt of %zu bytes is too long", n);
+    const int most = (INT_MAX - 64) / 16;
+    if (n > (size_t)most) die("", "a text of %zu bytes is too long; %d are the most for one story", n, most);
     Merger m = {.tokenizer = t};
     m.text = allocate(n + 1, 3, 1, "the prompt");
     m.symbols = allocate(n + 1, 1, sizeof(Symbol), "the prompt");
@@ -3341,7 +3342,8 @@ KERNEL bool V(finite)(const float *x, int n) {
 #define NAME_(isa) #isa
 #define NAME(isa) NAME_(isa)
 static const Kernels V(kernels) = {
-    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(store_kv), V(attend), V(finite), V(WEIGHT_XOR),
+    NAME(ISA), V(softmax), V(rmsnorm), V(quantize), V(matmul), V(swiglu), V(store_kv), V(attend), V(finite),
+    V(WEIGHT_XOR),
 };
 
 #undef NAME
