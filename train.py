@@ -1116,7 +1116,7 @@ class Pretraining:
         loss = scores["loss/val"]
         train_loss = self.loss_sum / max(self.loss_count, 1)
         # a fine-tuned model may well do worse than its origin on other text: iteration 0 is no rival
-        best = self.iter_num > 0 and loss < self.best_val_loss
+        best = self.iter_num > 0 and loss < self.best_val_loss and not self.cfg.eval_only  # which knows none
         if metrics:
             before = f"train loss {train_loss:.4f}, " if self.loss_count else ""
             show(

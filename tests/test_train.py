@@ -1207,6 +1207,7 @@ def test_the_best_is_the_best_on_the_batches_of_now(fit, tmp_path):
     best = load_checkpoint(tmp_path / "out" / "ckpt.pt")
     how = "--init_from=resume", "--eval_iters=1", "--batch_size=1"
     measured = fit("out", *how, "--eval_only")
+    assert "best so far" not in measured  # it only looks at this one
     loss = float(re.search(r"val loss ([\d.]+)", measured)[1])
     said = fit("out", *how, "--max_iters=9", "--learning_rate=10", "--min_lr=10")  # which makes it worse
     assert "(best so far)" not in said and f"has a loss of {loss:.4f}" in said, said
