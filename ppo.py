@@ -235,7 +235,8 @@ def reward_from_file(spec: str) -> Reward:
 
 def terms(spec: str) -> list[str]:
     """The terms of --reward=spec; of FILE.py:FUNCTION alone, FILE may have a + in it."""
-    return [spec] if os.path.isfile(spec.rpartition(":")[0]) else spec.split("+")
+    path, _, name = spec.rpartition(":")
+    return [spec] if os.path.isfile(path) and "+" not in name else spec.split("+")
 
 
 def reward_names(spec: str) -> list[str]:

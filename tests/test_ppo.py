@@ -224,6 +224,8 @@ def test_weighted_sum_of_rewards(tmp_path):
     (tmp_path / "c++").mkdir()
     shutil.copy(tmp_path / "mine.py", tmp_path / "c++")
     assert len(Scorer(PPOConfig(reward=f"{tmp_path}/c++/mine.py:g"), Scripted()).parts) == 1
+    first = Scorer(PPOConfig(reward=f"{tmp_path}/mine.py:g+0.5*length"), Scripted())
+    assert [part[:2] for part in first.parts] == [("g", 1), ("length", 0.5)]
 
 
 @pytest.mark.parametrize(
