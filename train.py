@@ -1172,7 +1172,7 @@ def tell_story(run: Pretraining, tokenizer) -> None:
 
 def give_up(run: Pretraining) -> None:
     """After too many steps that could not be made: save the state, if it is any good; raises SystemExit."""
-    args, cfg = run.raw_model.args, run.cfg
+    args, cfg, runtime = run.raw_model.args, run.cfg, run.runtime
     try:
         loss = evaluate(run.model, run.val_batches, run.runtime)["loss/val"]
     except SystemExit:
@@ -1181,11 +1181,12 @@ def give_up(run: Pretraining) -> None:
     good = loss < 1 + min(run.best_val_loss, math.log(args.vocab_size))
     if good:
         run.save(best=False)
+    there = any(runtime.total(runtime.rank == 0 and bool(state_files(cfg.out_dir))))
     raise SystemExit(
         f"{run.in_a_row} steps in a row had a loss or gradient that is not finite: training has diverged. "
         + ("The state before them is saved" if good else "The state before them is no good and was not saved")
-        + "; to go on from the newest saved one, add --init_from=resume "
-        f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
+        + ("; to go on from the newest saved one, add --init_from=resume " if there else "; begin anew with ")
+        + f"--learning_rate={cfg.learning_rate / 2:g} (or less)"
     )
 
 

@@ -1001,7 +1001,8 @@ def test_ruined_weights_are_not_saved(fit, tmp_path, monkeypatch):
         return logits, loss
 
     monkeypatch.setattr(train.Transformer, "forward", forward)
-    with pytest.raises(SystemExit, match="is no good and was not saved"):
+    # and so there is nothing to resume
+    with pytest.raises(SystemExit, match="is no good and was not saved; begin anew with --learning_rate="):
         fit("bad", "--max_iters=20", "--max_skipped=2")
     assert not (tmp_path / "bad" / "last.pt").exists()
 
