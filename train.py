@@ -1454,11 +1454,12 @@ def run_ppo(model_given: dict, given: dict, ppo_given: dict) -> None:
             )
             if run.iter_num >= run.last and not cfg.eval_only:
                 print(
-                    f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, raise --ppo_iters",
+                    f"{cfg.out_dir} is at iteration {run.iter_num} already; to go on, "
+                    f"give --ppo_iters={run.iter_num - run.first + PPO_ITERS}",
                     file=sys.stderr,
                 )
         train_ppo(run, metrics, Interrupt(), write_model)
-        if metrics and run.iter_num >= run.last and not cfg.eval_only:
+        if metrics and run.iter_num >= run.last and run.iter_num > run.first and not cfg.eval_only:
             told = run_command(cfg, args, "ppo_model.bin")
             print(f"next: {told} -t 1 -p 1\n  and: python ppo.py report {shlex.quote(cfg.out_dir)}")
     end_process_group(runtime)

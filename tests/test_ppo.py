@@ -1729,6 +1729,11 @@ def test_max_iters_and_eval_only(tune, tmp_path):
     assert state(tmp_path / "out")["iter_num"] == PRETRAINED + 3
 
 
+def test_a_run_that_has_nothing_to_do_names_no_files_of_its_own(tune, tmp_path):
+    out = tune("out", "--max_iters=1")  # counted as PPO's iterations, where ckpt.pt is further
+    assert f"--ppo_iters={train.PPO_ITERS}" in out and "ppo_model.bin" not in out
+
+
 def test_frontier_of_two_outcomes():
     """Scores 0 and 1, equally likely: best of n is 1 - 2^-n (n small beside m), the optima are logistic."""
     scores = torch.tensor([0.0, 1.0]).repeat(1, 500)
