@@ -216,11 +216,12 @@ def parse_cli(argv: list[str] | None = None) -> tuple[dict, dict, dict]:
 
 
 def logged_by(line: str) -> tuple[int, bool]:
-    """Iteration and whether it is PPO's, of a line of metrics.jsonl; -1 for one that a kill cut off."""
+    """Iteration and whether it is PPO's, of a line of metrics.jsonl; -1 for one cut off or damaged."""
     try:
         values = json.loads(line)
-        return (values["iter"] if line.endswith("\n") else -1), any(k.startswith("ppo/") for k in values)
-    except (ValueError, KeyError, TypeError):
+        iter_num = int(values["iter"]) if line.endswith("\n") else -1
+        return iter_num, any(k.startswith("ppo/") for k in values)
+    except (ValueError, KeyError, TypeError, OverflowError):
         return -1, False
 
 

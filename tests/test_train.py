@@ -1007,6 +1007,12 @@ def test_ruined_weights_are_not_saved(fit, tmp_path, monkeypatch):
     assert not (tmp_path / "bad" / "last.pt").exists()
 
 
+def test_damaged_lines_of_metrics_are_dropped():
+    assert train.logged_by('{"iter": 3, "ppo/kl": 0}\n') == (3, True)
+    for line in ('{"iter": "x"}', '{"iter": null}', '{"iter": [1]}', '{"iter": Infinity}', "5", '"iter"'):
+        assert train.logged_by(line + "\n") == (-1, False), line
+
+
 def test_wandb_and_tensorboard_get_what_is_logged(fit, tmp_path, monkeypatch):
     seen, scalars = [], []
     wandb, board = types.ModuleType("wandb"), types.ModuleType("torch.utils.tensorboard")
