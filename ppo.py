@@ -1459,7 +1459,7 @@ def report(out_dir: str) -> tuple[str, str]:
     _, state = newest_state(paths, lazily=True)
     if not steps or "before" not in state.get("evaluation", {}):
         raise SystemExit(
-            f"{out_dir} holds no iteration of PPO yet; run: python train.py --out_dir={out_dir} "
+            f"{out_dir} holds no iteration of PPO yet; run: python train.py --out_dir={shlex.quote(out_dir)} "
             "--init_from=resume --ppo"
         )
     table, picture = (os.path.join(out_dir, name) for name in ("report.csv", "report.png"))
