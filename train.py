@@ -700,6 +700,19 @@ def configure(model_given: dict, given: dict) -> tuple[TrainConfig, Transformer,
         raise SystemExit(f"{e}; see: python train.py --help") from None
 
 
+def config_of(checkpoint: dict, path: str, names: set[str]) -> dict:
+    """Those of a checkpoint's settings, which may be anyone's. SystemExit for one that is not of its kind."""
+    kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig) if f.name in names}
+    config = {k: v for k, v in checkpoint.get("config", {}).items() if k in kinds}
+    for name, value in config.items():
+        kind = kinds[name]
+        if not isinstance(value, int | float if kind is float else kind):
+            kind = kind.__name__
+            told = f"{path} has {name}={value!r:.50}, not of type {kind}"
+            raise SystemExit(f"{told}; add --{name}={kind.upper()}")
+    return config
+
+
 def configure_from_checkpoint(
     cfg: TrainConfig, model_given: dict, given: dict
 ) -> tuple[TrainConfig, Transformer, str, dict]:
@@ -719,7 +732,7 @@ def configure_from_checkpoint(
     if resume:
         names = {f.name for f in dataclasses.fields(TrainConfig)} - NOT_INHERITED
         names -= set() if "data" in checkpoint else NOT_LLAMA2C
-    taken = {k: v for k, v in checkpoint.get("config", {}).items() if k in names}
+    taken = config_of(checkpoint, path, names - given.keys())
     if model.args.vocab_size != 32000:  # not the Llama 2 tokenizer's, whatever the flag's default
         taken.setdefault("vocab_source", "custom")
     if rank == 0:
@@ -1363,10 +1376,8 @@ def configure_ppo(
         if state:
             saved = {k: v for k, v in state["config"].items() if k not in NOT_INHERITED}
         else:
-            saved = {
-                k: v for k, v in checkpoint.get("config", {}).items() if k in ("vocab_source", "data_dir")
-            }
-            saved = PPO_DEFAULTS | saved
+            names = {"vocab_source", "data_dir"} - given.keys()
+            saved = PPO_DEFAULTS | config_of(checkpoint, path, names)
             if "max_iters" not in given and "ppo_iters" not in ppo_given:
                 ppo_given = ppo_given | {"ppo_iters": PPO_ITERS}
         if "max_iters" in given:

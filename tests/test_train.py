@@ -466,6 +466,17 @@ def test_foreign_checkpoints_go_on(fit, tmp_path, data_dir):
     )  # with --multiple_of=8, which its hidden_dim agrees with
 
 
+@pytest.mark.parametrize("name, value", [("keep", None), ("batch_size", 2.5), ("learning_rate", "1e-3")])
+def test_a_foreign_setting_of_another_kind_is_one_line(name, value, fit, tmp_path):
+    fit("out", "--max_iters=1")
+    checkpoint = load_checkpoint(tmp_path / "out" / "last.pt")
+    del checkpoint["data"]
+    checkpoint["config"][name] = value
+    torch.save(checkpoint, tmp_path / "out" / "last.pt")
+    with pytest.raises(SystemExit, match=f"has {name}=.*; add --{name}="):
+        train.main(["--init_from=resume", "--eval_only", f"--out_dir={tmp_path / 'out'}"])
+
+
 def test_bfloat16_runs_and_differs(fit, tmp_path):
     for dtype in ("float32", "bfloat16"):
         fit(dtype, "--max_iters=3", f"--dtype={dtype}")
