@@ -1074,7 +1074,7 @@ def pretokenize(data_dir: str, vocab_size: int, force: bool, num_workers: int,
     name = os.path.basename(folder)
     locks = (f"{name}-{part}-of-{parts}",) if shard else (name,)
     with claimed(data_dir, *locks, shared=("stories", name) if shard else ("stories",)):
-        tokenizer = Tokenizer(tokenizer.model_path)  # train_vocab may have written another just before the lock
+        tokenizer = Tokenizer(tokenizer.model_path)  # train_vocab may have written another meanwhile
         restore(stories_dir(data_dir))
         sources = shard_files(data_dir)
         numbers = list(map(shard_number, sources))
