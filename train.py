@@ -707,9 +707,8 @@ def config_of(checkpoint: dict, path: str, names: set[str]) -> dict:
     for name, value in config.items():
         kind = kinds[name]
         if not isinstance(value, int | float if kind is float else kind):
-            kind = kind.__name__
-            told = f"{path} has {name}={value!r:.50}, not of type {kind}"
-            raise SystemExit(f"{told}; add --{name}={kind.upper()}")
+            told = f"{path} has {name}={value!r:.50}, not of type {kind.__name__}"
+            raise SystemExit(f"{told}; add --{name}={kind.__name__.upper()}")
     return config
 
 
